@@ -26,12 +26,14 @@ class Table(NamedTuple):
 
     ``out`` (R, 1 + S + H + Z, ...); ``stages[j]`` (R, 1 + j + 1 + H + Z, ...) for the (j + 2)-nd stage;
     ``levels[j]`` its level; ``reads`` (R, S, 2, ...) the pairs (p, q), or None where the reading is x0 itself.
+    ``ends`` are the levels (t, s) of the rows where they are not simply the grid's steps (start-up rows).
     """
 
     out: Array
     stages: tuple[Array, ...] = ()
     levels: tuple[Level, ...] = ()
     reads: Array | None = None
+    ends: tuple[Level, Level] | None = None
 
 
 @value
@@ -51,7 +53,9 @@ class Linear:
     def plan(self, grid: Grid) -> Row:
         method, grid = (self.method, grid) if is_traced(self.method, grid) else (self.method, concrete(grid))
         check(self, grid)
-        return Row(grid.t, grid.s, method.table(grid))
+        table = method.table(grid)
+        t, s = (grid.t, grid.s) if table.ends is None else table.ends
+        return Row(t, s, table._replace(ends=None))
 
     def init(self, x: Tree) -> Tree:
         zeros = jax.tree.map(lambda leaf: 0 * leaf, x)
