@@ -1,0 +1,3 @@
+"""Diffusion models in JAX, as pure functions."""
+
+__version__ = "0.1.0"
