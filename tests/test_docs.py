@@ -10,9 +10,7 @@ from tools import api_tables, methods_table, notebooks, pages
 
 GENERATED = {pages.ROOT / "docs" / "methods.md": methods_table.render, **api_tables.PAGES}
 WRITTEN = [
-    path
-    for pattern in ("README.md", "CONTRIBUTING.md", "docs/**/*.md")
-    for path in sorted(pages.ROOT.glob(pattern))
+    path for pattern in ("README.md", "CONTRIBUTING.md", "docs/**/*.md") for path in sorted(pages.ROOT.glob(pattern))
 ]
 
 
@@ -117,13 +115,13 @@ def test_solvers_table_reads_what_solvers_declare(monkeypatch):
 
         More.
         """
-        return types.SimpleNamespace(order=3, stochastic=False, calls=calls)
+        return types.SimpleNamespace(order=3, calls=calls, draws=0)
 
     module = types.ModuleType("toy_solvers")
     module.exact, module.__all__ = exact, ["exact"]
     monkeypatch.setitem(sys.modules, "toy_solvers", module)
     row = api_tables.render_solvers("toy_solvers").splitlines()[-1]
-    assert row == "| `exact` | 3 | False | 2 | One line. |"
+    assert row == "| `exact` | 3 | 2 | 0 | One line. |"
 
 
 @pytest.mark.slow

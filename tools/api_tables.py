@@ -12,7 +12,7 @@ from types import ModuleType
 
 from tools.pages import ROOT, run, table
 
-DECLARED = ("order", "stochastic", "calls")
+DECLARED = ("order", "calls", "draws")
 
 
 def public(module: ModuleType) -> dict[str, object]:
@@ -55,10 +55,10 @@ def render_solvers(package: str = "diffjax.solvers") -> str:
             solver = factory()
             declared = [str(getattr(solver, field)) for field in DECLARED]
             rows.append([f"`{name}`", *declared, summary(factory)])
-    header = ["Solver", "Order", "Stochastic", "Calls per step", "What it is"]
+    header = ["Solver", "Order", "Calls", "Draws", "What it is"]
     return (
-        "# Solvers\n\nMade by `make docs` from what each solver declares with its default\n"
-        "arguments: the order it reaches, whether it draws noise, denoiser calls per step.\n\n"
+        "# Solvers\n\nMade by `make docs` from what each solver declares with its default arguments: its order,\n"
+        "denoiser calls and noise draws per step (no draws: deterministic).\n\n"
     ) + table(header, rows)
 
 
