@@ -119,6 +119,13 @@ def ratio(numerator: Array, denominator: Array) -> Array:
     return xp.where(same, 1.0, xp.where(denominator == 0, xp.inf, numerator / safe))
 
 
+def root(square: Array) -> Array:
+    """``sqrt(max(square, 0))`` whose derivative at 0 is 0, not infinite: where nothing is added nothing is learned."""
+    xp = namespace(square)
+    positive = square > 0
+    return xp.where(positive, xp.sqrt(xp.where(positive, square, 1.0)), 0.0)
+
+
 def combine(coefficients: Array, trees: tuple[Tree, ...]) -> Tree:
     """``sum_k coefficients[k] * trees[k]``, leaf by leaf, in the dtype of the leaf.
 
@@ -339,7 +346,7 @@ def joins(grid: Grid) -> tuple[Array, Array]:
     sigma = xp.concatenate([grid.start.sigma[None], grid.s.sigma[:-1]])
     keep = ratio(grid.t.alpha, alpha)
     variance = grid.t.sigma**2 - (keep * sigma) ** 2
-    std = xp.sqrt(xp.maximum(variance, 0.0)) * grid.inflation
+    std = root(variance) * grid.inflation
     one = xp.ones_like(keep[:1])
     return xp.concatenate([keep, one]), xp.concatenate([std, 0.0 * one])
 
