@@ -42,6 +42,11 @@ def diffjax_sample(solver):
     return lambda key: diffjax.sample(key, MIXTURE, solver, GRID, shape=(2,)).x
 
 
+def eager():
+    """One call outside jit, with the solver made anew."""
+    return diffjax.sample(jax.random.key(0), MIXTURE, diffjax.solvers.ddim(), GRID, shape=(2,)).x
+
+
 def diffrax_euler(key):
     """Euler on the probability-flow ODE with fixed steps."""
     velocity = PROCESS.probability_flow(MIXTURE)
@@ -100,11 +105,7 @@ def main(peers: str | None = None) -> dict:
         compiled = {name: jax.jit(jax.vmap(run)) for name, run in runs.items()}
         contestants = {name: (lambda f=f, k=keys: f(k)) for name, f in compiled.items()}
         if batch == 1:
-            key = jax.random.key(0)
-            grid = GRID
-            contestants["diffjax ddim, eager call"] = lambda: (
-                diffjax.sample(key, MIXTURE, diffjax.solvers.ddim(), grid, shape=(2,)).x
-            )
+            contestants["diffjax ddim, eager call"] = eager
         seconds = interleaved(contestants)
         if peers is not None:
             seconds |= _peers(peers, batch)
