@@ -36,7 +36,7 @@ class AcceleratedDDIM:
         moved = before.half_log_snr != t.half_log_snr
         usable = ~restarts(grid) & (before.alpha != 0) & ~plain & moved
         w = Level(*(xp.where(usable.reshape(b.shape), a, b) for a, b in zip(before, t, strict=True)))
-        ratios = [xp.where(plain, 1.0, xp.where(plain, 1.0, variable("noise_to_signal", level))) for level in (t, s, w)]
+        ratios = [xp.where(plain, 1.0, variable("noise_to_signal", level)) for level in (t, s, w)]
         u, u_s, u_w = (ratio**2 for ratio in ratios)
         back = xp.where(usable, u_w - u, 1.0)
         slope = xp.where(usable, (u_s - u) ** 2 / (4 * back), 0.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffjax.levels import Array, Grid, Level, is_traced, namespace, squared_diffusion, static, value
+from diffjax.levels import Array, Grid, Level, is_traced, namespace, root, squared_diffusion, static, value
 from diffjax.solvers.coefficients import difference, exponential, rates, stochastic_exponential
 from diffjax.solvers.linear import Linear, Table, stack
 from diffjax.solvers.quadrature import PREDICTIONS, VARIABLES, choice, reading, unit, variable
@@ -205,7 +205,7 @@ class EulerMaruyama:
         pull = 0.5 * (1 + self.eta**2) * g2 / level.sigma**2
         step = difference(t, s)
         keep, weight = 1 + step * (drift + pull), -step * pull * level.alpha
-        std = self.eta * xp.sqrt(g2 * xp.abs(step))
+        std = self.eta * root(g2 * xp.abs(step))
         exact = stochastic_exponential(t, s, xp.minimum(self.eta, 1.0))
         columns = [xp.where(singular, b, a) for a, b in zip((keep, weight, std), exact, strict=True)]
         if not is_traced(self.eta) and self.eta == 0:
