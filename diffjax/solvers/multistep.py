@@ -49,8 +49,15 @@ class Multistep(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """How many readings are remembered."""
-        return max(self.order, self.corrector - 1) if self.corrector else self.order - 1
+        """How many readings are remembered: a corrector also needs those that it corrects, and one was read twice."""
+        if not self.corrector:
+            return self.order - 1
+        return max(self.order, self.corrector - 1) + int(self.stays)
+
+    @property
+    def stays(self) -> bool:
+        """Whether a first step is followed by a row that stays at its end."""
+        return self.start == "corrected" and self.target > 3
 
     @property
     def target(self) -> int:
@@ -69,7 +76,7 @@ class Multistep(NamedTuple):
 
     def table(self, grid: Grid) -> Table:
         start = self.start == "corrected"
-        rows, deep = _with_stays(grid) if start and self.target > 3 else (grid, None)
+        rows, deep = _with_stays(grid) if self.stays else (grid, None)
         steps = _Steps(self, rows)
         predicted = steps.predictor()
         out = [steps.keep, *predicted]
@@ -135,6 +142,8 @@ class _Steps:
     def predictor(self) -> list[Array]:
         order = self.method.order
         used = self._first(order)
+        if self.method.corrector:  # what is used here is corrected one row later, where the last reading is gone
+            used[-1] = used[-1] & False
         weights = lagrange(self.measure, self.nodes, used)
         self.taken = sum(self.xp.where(self.measure.regular & use, 1, 0) for use in used)
         if self.method.form != "exact" and order > 1:

@@ -44,6 +44,7 @@ class IPNDM:
     order: int = static()
     lower_last: bool = static()
     factory = "ipndm"
+    constant_coefficients = True  # those of equal steps
 
     def table(self, grid: Grid) -> Table:
         return constant_weights(grid, BASHFORTH[: self.order], self.lower_last)
@@ -143,6 +144,7 @@ def pndm(lower_last: bool = True) -> Linear:
 class PNDM:
     lower_last: bool = static()
     factory = "pndm"
+    constant_coefficients = True  # those of equal steps
 
     def table(self, grid: Grid) -> Table:
         xp = namespace(grid.t)
