@@ -101,7 +101,8 @@ def arrays(time: Array, *parameters: Array) -> tuple[Any, ...]:
     dtype of ``time``.  A schedule written on the result serves both the plan and traced code.
     """
     if isinstance(time, jax.Array) or is_traced(time, parameters):
-        time = jnp.asarray(time, jnp.result_type(time, jnp.float32))
+        # by its dtype: a weakly typed float64 (any Python number under x64) is not to become float32
+        time = jnp.asarray(time, jnp.promote_types(jnp.asarray(time).dtype, jnp.float32))
         return jnp, time, *(jnp.asarray(p, time.dtype) for p in parameters)
     return np, np.asarray(time, np.float64), *(np.asarray(p, np.float64) for p in parameters)
 

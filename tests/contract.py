@@ -162,9 +162,18 @@ def length(rows: Row) -> int:
     return rows.t.time.shape[0]
 
 
+def initial(solver: Solver, x: Any) -> Any:
+    """The first memory, in NumPy for a NumPy state."""
+    memory = solver.init(x)
+    if not isinstance(x, np.ndarray):
+        return memory
+    same = lambda leaf: np.asarray(leaf, x.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
+    return jax.tree.map(same, memory)
+
+
 def run(solver: Solver, denoise: Callable, x: Any, rows: Row, noise: Callable[[int], tuple] | None = None) -> list:
     """The states after every row (the start first), eagerly; ``noise(i)`` gives the draws of row i, default zero."""
-    memory, states = solver.init(x), [x]
+    memory, states = initial(solver, x), [x]
     for i in range(length(rows)):
         draws = (0 * x,) * solver.draws if noise is None else noise(i)
         x, memory, _ = solver.step(draws, denoise, x, memory, at(rows, i))
@@ -175,7 +184,7 @@ def run(solver: Solver, denoise: Callable, x: Any, rows: Row, noise: Callable[[i
 def end(solver: Solver, denoise: Callable, x: np.ndarray, grid: Grid) -> np.ndarray:
     """The state at the end, without noise."""
     rows = solver.plan(grid)
-    x1, _, _ = solver.step((0 * x,) * solver.draws, denoise, x, solver.init(x), at(rows, 0))
+    x1, _, _ = solver.step((0 * x,) * solver.draws, denoise, x, initial(solver, x), at(rows, 0))
     if isinstance(x1, np.ndarray):
         return run(solver, denoise, x, rows)[-1]
 

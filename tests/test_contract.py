@@ -74,7 +74,7 @@ def test_update_is_the_step_of_a_one_call_solver(case):
     if not hasattr(solver, "update"):
         assert solver.calls > 1
         return
-    rows, x, memory = solver.plan(contract.rough(5)), STARTS, solver.init(STARTS)
+    rows, x, memory = solver.plan(contract.rough(5)), STARTS, contract.initial(solver, STARTS)
     for i in range(length(rows)):
         row, noise = at(rows, i), fixed_noise(solver, STARTS)(i)
         expected = solver.step(noise, MIXTURE, x, memory, row)[:2]
@@ -144,9 +144,10 @@ def test_standing_still(case, process):
         np.testing.assert_array_equal(states[i + 1][rested[i]], states[i][rested[i]])
     for column in (0, 3) if length(rows) == len(STILL) - 1 else ():
         alone = solver.plan(grids.times(process(), STILL[:, column]))
-        noise = lambda i, c=column: tuple(z[c] for z in fixed_noise(solver, x)(i))
-        own = run(solver, wide, x[column], alone, noise)
-        np.testing.assert_allclose(own[-1], states[-1][column], rtol=1e-12, atol=1e-13)
+        only = slice(column, column + 1)
+        noise = lambda i, only=only: tuple(z[only] for z in fixed_noise(solver, x)(i))
+        own = run(solver, wide, x[only], alone, noise)
+        np.testing.assert_allclose(own[-1], states[-1][only], rtol=1e-12, atol=1e-13)
 
 
 def warped_flow():

@@ -84,7 +84,7 @@ class Churn:
         # time must be shaped like the network's input: the trailing singleton axes of the level are dropped
         level = level.reshape(grid.t.time.shape)
         noisiest = grid.process.schedule.half_log_snr(grid.process.end)
-        inside = (xp.exp(-level) >= self.low) & (xp.exp(-level) <= self.high) & xp.isfinite(level)
+        inside = (xp.exp(-level) >= self.low) & (xp.exp(-level) <= self.high) & xp.isfinite(level) & (gamma > 0)
         raised = xp.maximum(xp.where(inside, level, 0.0) - xp.log1p(gamma), noisiest)
         time = xp.where(inside, grid.process.schedule.time(raised), grid.t.time)
         trailing = grid.t.alpha.ndim - grid.t.time.ndim
