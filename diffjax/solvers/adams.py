@@ -1,6 +1,6 @@
 """Adams methods: exponential linear multistep methods in any prediction and any variable.
 
-    x_s = (psi_s / psi_t) x_t + psi_s int l(u) dm,   l the polynomial through the last readings v      (see `quadrature`)
+    x_s = (psi_s / psi_t) x_t + psi_s int l(u) dm,   l the polynomial through the last readings v (see `quadrature`)
 
 DEIS, LMS, the exact form of DPM-Solver multistep, UniP and SA-Solver without noise are points of this family.
 """

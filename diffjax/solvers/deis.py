@@ -13,11 +13,11 @@ _TABLEAUS = {"heun": heun, "kutta3": kutta3, "rk4": rk4}
 
 
 def deis(order: int = 3, variant: str = "tab", start: str = "corrected") -> Linear:
-    """DEIS multistep: ``x_s = alpha_s / alpha_t x_t + alpha_s int l d(sigma / alpha)``, l through the last ``order`` eps.
+    """DEIS multistep: ``x_s = alpha_s / alpha_t x_t + alpha_s int l d(sigma / alpha)``, l through the last readings.
 
-    ``variant``: l is a polynomial in time, "tab", or in sigma / alpha, "rhoab".  Order 1 is DDIM.  (The paper counts
-    the degree, ``order - 1``.)  One denoiser call a step and one more at the start for order 4; the order is
-    ``order``, 1 to 4, with the start "corrected", and 2 at most with the published, "plain" one.
+    ``variant``: l is a polynomial of the noise in time, "tab", or in sigma / alpha, "rhoab".  Order 1 is DDIM.  (The
+    paper counts the degree, ``order - 1``.)  One denoiser call a step and one more at the start for order 4; the order
+    is ``order``, 1 to 4, with the start "corrected", and 2 at most with the published, "plain" one.
     Fast Sampling of Diffusion Models with Exponential Integrator, arXiv:2204.13902, equations 14 and 15.
 
     Raises ValueError for another order, variant or start.

@@ -1,7 +1,9 @@
 """DPM-Solver (noise prediction) and DPM-Solver++ (data prediction): exponential methods in the half-log-SNR.
 
 With ``h`` the step in half-log-SNR, the exact solutions for a constant prediction are
-``x_s = alpha_s / alpha_t x_t - sigma_s (exp(h) - 1) eps`` and ``x_s = sigma_s / sigma_t x_t + alpha_s (1 - exp(-h)) x0``;
+
+    x_s = alpha_s / alpha_t x_t - sigma_s (exp(h) - 1) eps,   x_s = sigma_s / sigma_t x_t + alpha_s (1 - exp(-h)) x0;
+
 higher order comes from a polynomial in the half-log-SNR through readings of earlier steps (multistep) or of
 levels inside the step (singlestep).
 """
@@ -25,7 +27,7 @@ def dpmpp(
 ) -> Linear:
     """DPM-Solver++ of ``order`` 1 (= DDIM), 2 or 3 (2M, 3M; 2S, 3S if ``singlestep``).
 
-    2M: ``x_s = sigma_s / sigma_t x_t + alpha_s (1 - exp(-h)) D`` with ``D = x0_i + (x0_i - x0_{i-1}) h_i / (2 h_{i-1})``.
+    2M: ``x_s = sigma_s / sigma_t x_t + alpha_s (1 - exp(-h)) D``, ``D = x0_i + (x0_i - x0_{i-1}) h_i / (2 h_{i-1})``.
     Steps without a usable history (the first, one after a gap, the last to sigma = 0, one after alpha = 0) are
     first order, which order 2 allows; for order 3 the first step is corrected when its end is read.
 
@@ -39,7 +41,8 @@ def dpmpp(
         start: of 3M: "corrected", or "plain" as published, which limits the order to 2.
 
     DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models, arXiv:2211.01095, algorithms 1
-    and 2 and appendix B.
+    and 2 and appendix B.  On x - mu it is the sampler of MRS: A Fast Sampler for Mean Reverting Diffusion based on ODE
+    and SDE Solvers, arXiv:2502.07856.
 
     Raises ValueError for arguments out of these ranges.
 
@@ -125,6 +128,7 @@ class SinglestepDPM:
         else:
             out = ((), (0, 1 / r2))
             if heun:
-                out = ((0, r2 / (r1 * (r2 - r1)), -1 / (r1 * (r2 - r1))), (0, -r1 / (r2 * (r2 - r1)), 1 / (r2 * (r2 - r1))))
+                first, second = r1 * (r2 - r1), r2 * (r2 - r1)
+                out = ((0, r2 / first, -1 / first), (0, -r1 / second, 1 / second))
             tableau = Tableau((r1, r2), ((), ((0, 1 / r1),)), out)
         return exponential_table(grid, self.prediction, tableau)

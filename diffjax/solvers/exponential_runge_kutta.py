@@ -64,7 +64,7 @@ def exponential_table(grid: Grid, prediction: Prediction, tableau: Tableau) -> T
     """The table of an exponential Runge-Kutta method."""
     t, s = grid.t, grid.s
     xp = namespace(t)
-    keep, total = transfer(prediction, t, s)
+    keep, _ = transfer(prediction, t, s)
     plain = xp.zeros_like(t.alpha, dtype=bool)  # steps that read the clean estimate and hold it constant
     if prediction != "data":
         plain = s.sigma == 0

@@ -98,9 +98,9 @@ class _Steps:
         self.measure = measure(method.prediction, method.variable, rows, t, s)
         self.reads = reading(method.prediction, rows, t)
         plain = xp.zeros_like(t.alpha, dtype=bool)  # rows that read the clean estimate and hold it constant
-        if method.prediction == "noise":
+        if method.prediction not in ("data", "velocity"):
             plain = t.alpha == 0
-        if method.prediction in ("noise", "velocity") and method.lower_last:
+        if method.prediction != "data" and method.lower_last:
             plain = plain | (s.sigma == 0)
         self._make_plain(plain)
         self.nodes, self.usable = self._nodes(plain, method.kept)
@@ -188,6 +188,7 @@ class _Steps:
         if deep is None:
             return [xp.where(when, new - old, 0.0) for new, old in zip(better, applied, strict=True)]
         deep = deep.reshape(deep.shape + (1,) * (when.ndim - 1)) & self.usable[0] & self.usable[3]
+        deep = deep & (delay(self.taken, 3) == 1)
         # rows: 0 first step, 1 stay, 2 second step, 3 here; the first step holds the trapezoid of readings 2 and 3
         three, earliest = self._first(3), _delay_measure(self.measure, 3)
         second = lagrange(before, self.nodes, three)
@@ -241,7 +242,7 @@ def _with_stays(grid: Grid) -> tuple[Grid, Array]:
     fresh = starts(grid)
     nothing = np.zeros(len(grid), bool)
     if not is_traced(grid):
-        nothing = np.asarray((grid.t.alpha == 0) | (grid.s.sigma == 0)).reshape(len(grid), -1).any(axis=1)
+        nothing = np.asarray((grid.t.alpha == 0) | (grid.s.sigma == 0)).reshape(len(grid), -1).all(axis=1)
     index, stays = [], []
     for i in range(len(grid)):
         index.append(i)

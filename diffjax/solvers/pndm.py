@@ -132,7 +132,7 @@ def pndm(lower_last: bool = True) -> Linear:
     """PNDM (F-PNDM): three pseudo Runge-Kutta steps of four calls, then four-step Adams-Bashforth of one call a step.
 
     A pseudo Runge-Kutta step reads eps at t, twice half way in time and at s, every stage being a step of DDIM from t,
-    and takes e = (e1 + 2 e2 + 2 e3 + e4) / 6; its calls are rows of their own.  Nominal order 4; the order is 2, because
+    and takes e = (e1 + 2 e2 + 2 e3 + e4) / 6; its calls are rows of their own.  Nominal order 4; it is 2, because
     neither the nodes nor the weights are those of the true steps.  It remembers 12 readings.
     ``lower_last``: the step to sigma = 0 is first order.
     Pseudo Numerical Methods for Diffusion Models on Manifolds, arXiv:2202.09778, equations 11 to 14.
@@ -148,10 +148,10 @@ class PNDM:
 
     def table(self, grid: Grid) -> Table:
         xp = namespace(grid.t)
-        index, stage, back = _layout(grid, self.lower_last)
+        index, stage, back = _layout(grid)
         stages = lambda *wanted: np.isin(stage, wanted).reshape((-1,) + (1,) * (grid.t.alpha.ndim - 1))
         steps = take(grid, index, np.zeros(len(index), bool))
-        keep, total, reads, plain = _ddim(steps, self.lower_last)
+        _, total, _, plain = _ddim(steps, self.lower_last)
         singular = (steps.t.alpha == 0) | (steps.s.sigma == 0)  # no eps is read at sigma = 0
         plain = plain | (singular & ~stages(-1))
         level, target = _ends(steps, stages, plain)
@@ -175,7 +175,7 @@ class PNDM:
         return Table(stack(*columns), reads=reads[:, None], ends=(level, target))
 
 
-def _layout(grid: Grid, lower_last: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _layout(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For every row its step, its stage (0 to 3, or -1 for a multistep row), and how far back four readings lie."""
     fresh, plain = starts(grid), np.zeros(len(grid), bool)
     if not is_traced(grid):

@@ -86,7 +86,7 @@ def unit(prediction: Prediction, level: Level) -> Array:
 
 
 def reading(prediction: Prediction, grid: Grid, level: Level) -> tuple[Array, Array]:
-    """``(p, q)`` with v = p x + q x0; zero or (0, 1) where sigma = 0."""
+    """``(p, q)`` with v = p x + q x0; zero where sigma = 0, but for the data."""
     xp = namespace(level)
     if prediction == "data":
         return xp.zeros_like(level.sigma), xp.ones_like(level.sigma)

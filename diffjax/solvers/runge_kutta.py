@@ -61,7 +61,7 @@ def runge_kutta(tableau: str = "rk4", variable: str = "time", prediction: str | 
 def euler(variable: str = "time") -> Linear:
     """Euler: ``x_s = x_t + (s - t) dx/dt``; for flow matching and EDM this is DDIM.  Order 1, one call.
 
-    ``variable``: "time", "half_log_snr" or "noise_to_signal" (where it is DDIM for every process); ValueError for another.
+    ``variable``: "time", "half_log_snr" or "noise_to_signal" (there it is DDIM for every process); or ValueError.
     Score-Based Generative Modeling through Stochastic Differential Equations, arXiv:2011.13456, section 4.3.
     """
     return runge_kutta("euler", variable)
@@ -83,7 +83,7 @@ def midpoint(variable: str = "time") -> Linear:
 
 
 def ralston(variable: str = "time") -> Linear:
-    """Ralston's method: slopes at 0 and 2/3 with weights 1/4 and 3/4; ``variable`` as in `heun`.  Order 2, two calls."""
+    """Ralston's method: slopes at 0 and 2/3, weights 1/4 and 3/4; ``variable`` as in `heun`.  Order 2, two calls."""
     return runge_kutta("ralston", variable)
 
 
