@@ -388,6 +388,21 @@ def test_accelerated_ddim():
     assert gaps[0] / gaps[1] > 3.5 and errors[1][0] < 0.6 * errors[1][2]
 
 
+def test_accelerated_ddim_in_u():
+    """The same in u = (sigma / alpha)^2 with g = alpha eps / sigma, for any levels."""
+    u = (SIGMA / ALPHA) ** 2
+    y = STARTS / ALPHA[0]
+    g = lambda y, i: noise(ALPHA[i] * y, TIMES[i]) / np.sqrt(u[i])
+    for i in range(STEPS):
+        here, step = g(y, i), u[i + 1] - u[i]
+        slope = 0.0
+        if i > 0:
+            back = u[i - 1] - u[i]
+            slope = (g(y + back * here / 2, i - 1) - here) / back
+        y = y + step / 2 * (here + step / 2 * slope)
+    np.testing.assert_allclose(final(solvers.accelerated_ddim()), ALPHA[-1] * y, rtol=1e-11)
+
+
 # --- other processes by a change of coordinates ---------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -217,6 +219,43 @@ def test_history_ends_at_a_gap():
         assert length(long) == 2 * count
         for a, b in zip(long.coefficients.out, short.coefficients.out, strict=True):
             np.testing.assert_allclose(a[count:], b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [solvers.pndm(), solvers.ipndm(), solvers.adams(4), solvers.deis(4), solvers.unipc(3, prediction="noise")],
+    ids=repr,
+)
+def test_traced_plans_from_pure_noise(solver, x64):
+    """A reading at alpha = 0 is not the noise, also where only the compiled code knows that it is there."""
+    times = np.linspace(1.0, 0.0, 9)
+    point = np.array([0.3, -0.8])
+    rows = jax.jit(lambda times: solver.plan(grids.times(processes.flow(), times[:-1])))(jnp.asarray(times))
+    states = run(solver, lambda x, level: jnp.broadcast_to(point, x.shape), jnp.asarray(STARTS), rows)
+    np.testing.assert_allclose(states[-1], (1 - times[-2]) * point + times[-2] * STARTS, rtol=1e-11)
+
+
+@pytest.mark.parametrize("solver", [solvers.adams(4), solvers.unipc(3)], ids=repr)
+@pytest.mark.parametrize("waits", [1, 5])
+def test_an_entry_that_starts_later_leaves_the_others_their_order(solver, waits):
+    """One entry leaves alpha = 0 when the other has begun: rows of one start are steps of the other entry."""
+    process, errors = processes.flow(), []
+    mean, variance = 0.3, 0.5
+    shrink = lambda x, level: (
+        mean + variance * level.alpha / (variance * level.alpha**2 + level.sigma**2) * (x - mean * level.alpha)
+    )
+    x = np.array([[0.4, -1.0]])
+    for steps in (24, 48, 96):
+        grid = rough(steps, 0.35, 0.02)
+        half_log_snr = np.append(grid.t.half_log_snr, grid.s.half_log_snr[-1])
+        times = process.schedule.time(half_log_snr)
+        later = np.concatenate([[1.0] * waits, times[waits:]])
+        states = final(solver, grids.times(process, np.stack([times, later], axis=1)), shrink, x)
+        t, s = (process.level(time) for time in (times[0], times[-1]))
+        spread = [np.sqrt(variance * level.alpha**2 + level.sigma**2) for level in (t, s)]
+        exact = s.alpha * mean + spread[1] / spread[0] * (x[0, 0] - t.alpha * mean)
+        errors.append(abs(states[0, 0] - exact))
+    assert np.log2(errors[1] / errors[2]) > 3.6, errors
 
 
 @pytest.mark.parametrize(

@@ -79,12 +79,12 @@ def _solver(prediction: str, order: int, form: str, singlestep: bool, r1: Array 
             raise ValueError(f"r1={r1!r} is the inner node of singlestep methods of order 2 and 3; leave it out.")
         multistep = DPM(prediction, order, form, start)
         return multistep.multistep().solver(multistep)
-    r1, most = (1 / 2 if order == 2 else 1 / 3) if r1 is None else r1, 1 if order == 2 else _R2
-    if not is_traced(r1) and not (np.ndim(r1) == 0 and 0 < r1 <= most and (order == 2 or r1 != most)):
+    node: Array = (1 / 2 if order == 2 else 1 / 3) if r1 is None else r1
+    if not is_traced(node) and not (np.ndim(node) == 0 and 0 < node and (node <= 1 if order == 2 else node < _R2)):
         raise ValueError(f"r1 must be in (0, {'1]' if order == 2 else '2/3)'} for order {order}, got {r1!r}.")
     if start != "corrected":
         raise ValueError(f"start={start!r} is for multistep methods; singlestep ones have no start.")
-    return Linear(SinglestepDPM(prediction, order, form, r1), order=order, calls=order)
+    return Linear(SinglestepDPM(prediction, order, form, node), order=order, calls=order)
 
 
 _NAMES = {"data": "dpmpp", "noise": "dpm_solver"}

@@ -49,10 +49,8 @@ class Multistep(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """How many readings are remembered: a corrector also needs those that it corrects, and one was read twice."""
-        if not self.corrector:
-            return self.order - 1
-        return max(self.order, self.corrector - 1) + int(self.stays)
+        """How many readings are remembered: a corrector also needs those that it corrects."""
+        return max(self.order, self.corrector - 1) if self.corrector else self.order - 1
 
     @property
     def stays(self) -> bool:
@@ -216,12 +214,12 @@ def _delay_measure(over: Measure, count: int) -> Measure:
     return Measure(late(over.points), late(over.weights), delay(over.regular, count), delay(over.total, count))
 
 
-def starts(grid: Grid) -> np.ndarray:
-    """Shape (N,), concrete: the steps before which no history is left; of a traced grid the first alone is known."""
+def starts(grid: Grid) -> Array:
+    """Shape (N, entries), concrete: the steps before which no history is left; of a traced grid the first are known."""
     if is_traced(grid):
-        return np.arange(len(grid)) == 0
+        return np.arange(len(grid))[:, None] == 0
     fresh = restarts(grid) | (np.concatenate([grid.t.alpha[:1], grid.t.alpha[:-1]]) == 0)
-    return np.asarray(fresh).reshape(len(grid), -1).any(axis=1)
+    return np.asarray(fresh).reshape(len(grid), -1)
 
 
 def take(grid: Grid, index: np.ndarray, at_end: np.ndarray) -> Grid:
@@ -240,14 +238,18 @@ def _mix(mask: np.ndarray, plain: Array, end: Array) -> Array:
 def _with_stays(grid: Grid) -> tuple[Grid, Array]:
     """The grid with a row that stays after every first step, and the mask of the rows that correct two steps."""
     fresh = starts(grid)
-    nothing = np.zeros(len(grid), bool)
+    together, some = fresh.all(axis=1), fresh.any(axis=1)
+    nothing: Array = np.zeros(len(grid), bool)
     if not is_traced(grid):
         nothing = np.asarray((grid.t.alpha == 0) | (grid.s.sigma == 0)).reshape(len(grid), -1).all(axis=1)
-    index, stays = [], []
+    index, stays, last = [], [], -3
     for i in range(len(grid)):
         index.append(i)
         stays.append(False)
-        if fresh[i] and not nothing[i] and i + 1 < len(grid) and not fresh[i + 1]:
+        # entries that start one after another share a history: a second stay would push the first start out of it
+        begins = together[i] or (some[i] and i >= last + 3)
+        if begins and not nothing[i] and i + 1 < len(grid) and not together[i + 1]:
+            last = i
             index.append(i)
             stays.append(True)
     stay = np.array(stays)

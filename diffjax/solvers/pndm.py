@@ -177,7 +177,8 @@ class PNDM:
 
 def _layout(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For every row its step, its stage (0 to 3, or -1 for a multistep row), and how far back four readings lie."""
-    fresh, plain = starts(grid), np.zeros(len(grid), bool)
+    fresh = starts(grid).any(axis=1)
+    plain: Array = np.zeros(len(grid), bool)
     if not is_traced(grid):
         plain = np.asarray((grid.t.alpha == 0) | (grid.s.sigma == 0)).reshape(len(grid), -1).all(axis=1)
     rows, done, after = [], 0, 0
@@ -219,9 +220,9 @@ def _bashforth(grid: Grid, index: np.ndarray, back: np.ndarray, plain: Array) ->
         earlier = plain[np.maximum(np.arange(len(index)) - back[:, k], 0)]
         alive = alive & ~delay(restarts(grid), k - 1)[index] & ~earlier
         count = count + alive
-    weights = {}
+    weights: dict[int, Array] = {}
     for k in range(4):
-        weight = sum(xp.where(count == n + 1, w[k], 0.0) for n, w in enumerate(BASHFORTH) if n >= k)
+        weight: Array = sum(xp.where(count == n + 1, w[k], 0.0) for n, w in enumerate(BASHFORTH) if n >= k)
         for position in np.unique(back[:, k]):
             rows = (back[:, k] == position).reshape((-1,) + (1,) * (weight.ndim - 1))
             weights[position] = weights.get(position, 0.0) + xp.where(rows, weight, 0.0)
