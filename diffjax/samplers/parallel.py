@@ -238,12 +238,14 @@ class _Flat:
     """A solver on flat states."""
 
     def __init__(self, solver: Solver, unravel: Callable[[Array], Tree]):
-        self.solver, self.unravel, self.calls = solver, unravel, solver.calls
+        self.solver, self.unravel = solver, unravel
+        if makes_one_call(solver):
+            self.update = self._update
 
     def init(self, x: Array) -> Tree:
         return self.solver.init(self.unravel(x))
 
-    def update(self, noise: tuple[Array, ...], x: Array, x0: Array, memory: Tree, row: Row) -> tuple[Array, Tree]:
+    def _update(self, noise: tuple[Array, ...], x: Array, x0: Array, memory: Tree, row: Row) -> tuple[Array, Tree]:
         update = self.solver.update  # pyright: ignore[reportAttributeAccessIssue]
         x, memory = update(tuple(map(self.unravel, noise)), self.unravel(x), self.unravel(x0), memory, row)
         return ravel_pytree(x)[0], memory

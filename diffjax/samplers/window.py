@@ -24,7 +24,7 @@ METHODS = ("picard", "jacobi", "exponential", "gaussian", "diagonal", "newton")
 
 def makes_one_call(solver: Any) -> bool:
     """Whether a solver's step follows from one denoiser call at the row's own state."""
-    return solver.calls == 1 and hasattr(solver, "update")
+    return hasattr(solver, "update")
 
 
 def solve(linear: Array, residual: Array) -> Array:
