@@ -1,0 +1,31 @@
+"""Diffusion models in JAX, as pure functions.
+
+    process --> grid --> levels ;  denoiser (guided by transformations) ;  solver (changed by modifiers) ;  sampler
+
+See docs/design.md for the vocabulary and README.md for the first steps.
+"""
+
+from diffjax import grids, guidance, modifiers, oracles, predictions, processes, solvers
+from diffjax.levels import Grid, Info, Level, Process, Row, Sample, Solver
+from diffjax.samplers import sample, sample_many
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Grid",
+    "Info",
+    "Level",
+    "Process",
+    "Row",
+    "Sample",
+    "Solver",
+    "grids",
+    "guidance",
+    "modifiers",
+    "oracles",
+    "predictions",
+    "processes",
+    "sample",
+    "sample_many",
+    "solvers",
+]

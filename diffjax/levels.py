@@ -1,0 +1,387 @@
+"""The vocabulary of the library: what a level, a process, a grid, a row and a sample are.
+
+A Gaussian process noises data as ``x_t = alpha(t) x_0 + sigma(t) eps`` with time running from 0 (data) to
+``end`` (noise).  A *level* is one point of it, a *grid* is a sequence of steps between levels, a solver's *plan*
+turns a grid into *rows* of numbers, and a sampler scans the rows.
+
+Everything here is a value: a NamedTuple, or a frozen dataclass registered as a pytree whose floats and arrays are
+leaves and whose integers, strings and functions are static.  So rebuilding an equal object never compiles anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = Any  # a jax.Array, a NumPy array or a Python number: plans are NumPy, loops are JAX
+Tree = Any  # any pytree of arrays
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+def static(**keywords: Any) -> Any:
+    """A dataclass field that is part of the type (an integer, a string, a function), not a leaf."""
+    return dataclasses.field(metadata={"static": True}, **keywords)
+
+
+def value(cls: type) -> Any:
+    """Make ``cls`` a frozen dataclass and a pytree; ``repr`` shows the call that would rebuild it.
+
+    Fields declared with `static` are metadata, all others are leaves.  JAX rebuilds instances with tracers and
+    placeholders, so nothing may be validated here: factories validate.
+    """
+    cls = dataclasses.dataclass(frozen=True, repr=False, eq=False)(cls)
+    fields = dataclasses.fields(cls)
+    jax.tree_util.register_dataclass(
+        cls,
+        data_fields=[f.name for f in fields if not f.metadata.get("static")],
+        meta_fields=[f.name for f in fields if f.metadata.get("static")],
+    )
+    if "__repr__" not in cls.__dict__:
+        cls.__repr__ = _call_repr
+    return cls
+
+
+def _call_repr(self: Any) -> str:
+    name = getattr(type(self), "factory", type(self).__name__)
+    shown = [f"{f.name}={_short(getattr(self, f.name))}" for f in dataclasses.fields(self) if f.repr]
+    return f"{name}({', '.join(shown)})"
+
+
+def _short(leaf: Any) -> str:
+    if getattr(leaf, "ndim", 0):
+        return f"<{leaf.dtype}[{','.join(map(str, leaf.shape))}]>"
+    if isinstance(leaf, np.generic | np.ndarray):
+        return repr(leaf.item())
+    return getattr(leaf, "__name__", None) or repr(leaf)
+
+
+# --- arrays: float64 NumPy where everything is concrete, JAX where anything is traced ------------------------------
+
+
+def is_traced(*trees: Tree) -> bool:
+    """Whether any leaf is known only inside a transformation (jit, grad, vmap)."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def concrete(tree: Tree) -> Tree:
+    """The floating leaves of ``tree`` as float64 NumPy arrays if none of them is traced, else ``tree`` unchanged."""
+    if is_traced(tree):
+        return tree
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def arrays(time: Array, *parameters: Array) -> tuple[Any, ...]:
+    """``(namespace, time, *parameters)`` on one array namespace and in one dtype.
+
+    NumPy in float64 when ``time`` is a number or a NumPy array and no parameter is traced; otherwise JAX, in the
+    dtype of ``time``.  A schedule written on the result serves both the plan and traced code.
+    """
+    if isinstance(time, jax.Array) or is_traced(time, parameters):
+        time = jnp.asarray(time, jnp.result_type(time, jnp.float32))
+        return jnp, time, *(jnp.asarray(p, time.dtype) for p in parameters)
+    return np, np.asarray(time, np.float64), *(np.asarray(p, np.float64) for p in parameters)
+
+
+def namespace(*trees: Tree) -> Any:
+    """``jax.numpy`` if any leaf is a JAX array, else ``numpy``."""
+    return jnp if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(trees)) else np
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """``numerator / denominator``, and 1 where they are equal (also where both are zero or infinite)."""
+    xp = namespace(numerator, denominator)
+    same = xp.equal(numerator, denominator)
+    safe = xp.where(same | (denominator == 0), 1.0, denominator)
+    return xp.where(same, 1.0, xp.where(denominator == 0, xp.inf, numerator / safe))
+
+
+
+def combine(coefficients: Array, trees: tuple[Tree, ...]) -> Tree:
+    """``sum_k coefficients[k] * trees[k]``, leaf by leaf, in the dtype of the leaf.
+
+    ``coefficients`` has shape (K, ...) where the rest broadcasts against every leaf: a scalar per term, or one
+    number per frame, pixel or mode.
+    """
+
+    def leaf(*leaves: Array) -> Array:
+        total = coefficients[0] * leaves[0]
+        for k in range(1, len(leaves)):
+            total = total + coefficients[k] * leaves[k]
+        return total.astype(leaves[0].dtype)
+
+    return jax.tree.map(leaf, *trees)
+
+
+# --- levels and processes -----------------------------------------------------------------------------------------
+
+
+class Level(NamedTuple):
+    """One noise level.
+
+    ``time`` has the shape that the network takes (a scalar, or one per frame); ``alpha``, ``sigma`` and
+    ``half_log_snr = log(alpha / sigma)`` (the lambda of the DPM-Solver papers; the SNR is alpha^2 / sigma^2)
+    broadcast against the state.
+    """
+
+    time: Array
+    alpha: Array
+    sigma: Array
+    half_log_snr: Array
+
+
+def rise(t: Level, s: Level) -> Array:
+    """``h = half_log_snr(s) - half_log_snr(t)``, positive towards the data; 0 where both are the same infinity."""
+    xp = namespace(t, s)
+    same = xp.equal(t.half_log_snr, s.half_log_snr)
+    return xp.where(same, 0.0, xp.where(same, 0.0, s.half_log_snr) - xp.where(same, 0.0, t.half_log_snr))
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Pure functions of time that define a Gaussian process; NumPy in, NumPy out, JAX in, JAX out."""
+
+    def alpha(self, time: Array) -> Array: ...
+    def sigma(self, time: Array) -> Array: ...
+    def half_log_snr(self, time: Array) -> Array: ...
+    def time(self, half_log_snr: Array) -> Array:
+        """The inverse of ``half_log_snr``."""
+        ...
+
+    def alpha_rate(self, time: Array) -> Array:
+        """d alpha / dt."""
+        ...
+
+    def sigma_rate(self, time: Array) -> Array:
+        """d sigma / dt, infinite at 0 for variance-preserving processes."""
+        ...
+
+    def variance_rate(self, time: Array) -> Array:
+        """sigma d sigma / dt, finite everywhere."""
+        ...
+
+
+class SDE(NamedTuple):
+    """``dx = drift(x, t) dt + diffusion(x, t) dW``; the diffusion multiplies elementwise (here: a scalar)."""
+
+    drift: Callable[[Tree, Array], Tree]
+    diffusion: Callable[[Tree, Array], Array]
+
+
+@value
+class Process:
+    """A Gaussian forward process ``x_t = alpha(t) x_0 + sigma(t) eps``, ``0 <= t <= end``."""
+
+    schedule: Any
+    end: Array
+
+    def __repr__(self) -> str:
+        return repr(self.schedule)
+
+    def level(self, time: Array | None = None, *, half_log_snr: Array | None = None, trailing: int = 0) -> Level:
+        """The level at a time or at a half-log-SNR (exactly one of them).
+
+        ``trailing`` singleton axes are appended to alpha, sigma and half_log_snr, so that a time per frame acts on
+        states of shape (frames, height, width): ``trailing=2``.
+        """
+        if (time is None) == (half_log_snr is None):
+            raise ValueError(f"level needs exactly one of time={time!r} and half_log_snr={half_log_snr!r}.")
+        if time is None:
+            time = self.schedule.time(half_log_snr)
+        else:
+            time = arrays(time)[1]
+        widen = (Ellipsis,) + (None,) * trailing
+        return Level(
+            time,
+            self.schedule.alpha(time)[widen],
+            self.schedule.sigma(time)[widen],
+            self.schedule.half_log_snr(time)[widen],
+        )
+
+    def sde(self) -> SDE:
+        """The forward SDE ``dx = f(t) x dt + g(t) dW`` with f = alpha'/alpha, g^2 = 2 sigma sigma' - 2 f sigma^2."""
+
+        def drift(x: Tree, t: Array) -> Tree:
+            return jax.tree.map(lambda leaf: _drift(self.schedule, t) * leaf, x)
+
+        def diffusion(x: Tree, t: Array) -> Array:
+            del x
+            return namespace(t).sqrt(squared_diffusion(self.schedule, t))
+
+        return SDE(drift, diffusion)
+
+    def reverse_sde(self, denoise: Callable[[Tree, Level], Tree], eta: Array = 1.0) -> SDE:
+        """The SDE with the marginals of the process that runs from ``end`` down to 0.
+
+        ``dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dW`` with dt < 0: ``eta = 1`` is the time reversal of the
+        forward SDE, ``eta = 0`` the probability-flow ODE.  (arXiv:2011.13456, equations 6 and 13.)
+        """
+
+        def drift(x: Tree, t: Array) -> Tree:
+            level = self.level(t)
+            x0 = denoise(x, level)
+            weight = 0.5 * (1 + eta**2) * squared_diffusion(self.schedule, t) / level.sigma**2
+            linear = _drift(self.schedule, t)
+            return jax.tree.map(lambda leaf, clean: linear * leaf - weight * (level.alpha * clean - leaf), x, x0)
+
+        def diffusion(x: Tree, t: Array) -> Array:
+            del x
+            return eta * namespace(t).sqrt(squared_diffusion(self.schedule, t))
+
+        return SDE(drift, diffusion)
+
+    def probability_flow(self, denoise: Callable[[Tree, Level], Tree]) -> Callable[[Tree, Array], Tree]:
+        """The velocity ``(x, t) -> dx/dt = alpha' x0 + sigma' eps``, eps = (x - alpha x0) / sigma, of the flow ODE.
+
+        Finite at alpha = 0; at sigma = 0 it needs a limit that only a velocity network knows, so keep t > 0.
+        """
+
+        def velocity(x: Tree, t: Array) -> Tree:
+            level = self.level(t)
+            x0 = denoise(x, level)
+            rate = self.schedule.sigma_rate(t) / level.sigma
+            clean_rate = self.schedule.alpha_rate(t) - level.alpha * rate
+            return jax.tree.map(lambda leaf, clean: rate * leaf + clean_rate * clean, x, x0)
+
+        return velocity
+
+    def network_time(self, level: Level) -> Array:
+        """What a network is conditioned on by default: the time, or the table's index for a discrete process."""
+        convert = getattr(self.schedule, "network_time", None)
+        return level.time if convert is None else convert(level.time)
+
+    def prior(self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32, level: Level | None = None) -> Array:
+        """A draw from the noise law N(0, sigma^2 I) at ``level`` (default: at ``end``)."""
+        sigma = self.schedule.sigma(self.end) if level is None else level.sigma
+        return jnp.asarray(sigma, dtype) * jax.random.normal(key, shape, dtype)
+
+
+def _drift(schedule: Any, t: Array) -> Array:
+    return schedule.alpha_rate(t) / schedule.alpha(t)
+
+
+def squared_diffusion(schedule: Any, t: Array) -> Array:
+    """``g(t)^2 = 2 sigma sigma' - 2 (alpha'/alpha) sigma^2``, never negative."""
+    g2 = 2 * schedule.variance_rate(t) - 2 * _drift(schedule, t) * schedule.sigma(t) ** 2
+    return namespace(g2).maximum(g2, 0.0)
+
+
+# --- grids and rows -----------------------------------------------------------------------------------------------
+
+
+@value
+class Grid:
+    """N steps from level ``t[i]`` to level ``s[i]`` of a process; leaves have a leading axis of length N.
+
+    ``start`` is the level of the state that the sampler is given (usually ``t[0]``).  Usually ``s[i] = t[i + 1]``;
+    where ``t[i + 1]`` is noisier, ``gaps`` is set and noise is added in between, times ``inflation``.
+    """
+
+    process: Process
+    start: Level
+    t: Level
+    s: Level
+    inflation: Array = 1.0
+    gaps: bool = static(default=False)
+
+    def __len__(self) -> int:
+        return self.t.time.shape[0]
+
+    def __repr__(self) -> str:
+        return f"Grid({self.process!r}, steps={len(self)}, gaps={self.gaps})"
+
+    def __getitem__(self, steps: slice) -> Grid:
+        """The grid of some of the steps, in order."""
+        if not isinstance(steps, slice):
+            raise ValueError(f"a grid is indexed by a slice of steps, got {steps!r}.")
+        t, s = (jax.tree.map(lambda leaf: leaf[steps], level) for level in (self.t, self.s))
+        return dataclasses.replace(self, start=jax.tree.map(lambda leaf: leaf[0], t), t=t, s=s)
+
+
+class Row(NamedTuple):
+    """One step of a plan: the level ``t`` at entry, ``s`` at exit, and the solver's own numbers."""
+
+    t: Level
+    s: Level
+    coefficients: Tree
+
+
+def joins(grid: Grid) -> tuple[Array, Array]:
+    """``(keep, std)`` of shape (N + 1, ...): what takes the state from before step i to level ``t[i]``.
+
+    ``x <- keep x + std z``: keep = alpha ratio and std^2 = sigma(t_i)^2 - keep^2 sigma(before)^2, the forward
+    transition.  The last entry follows the last step and is (1, 0).
+    """
+    xp = namespace(grid.t, grid.s, grid.start)
+    alpha = xp.concatenate([grid.start.alpha[None], grid.s.alpha[:-1]])
+    sigma = xp.concatenate([grid.start.sigma[None], grid.s.sigma[:-1]])
+    keep = ratio(grid.t.alpha, alpha)
+    variance = grid.t.sigma**2 - (keep * sigma) ** 2
+    std = xp.sqrt(xp.maximum(variance, 0.0)) * grid.inflation
+    one = xp.ones_like(keep[:1])
+    return xp.concatenate([keep, one]), xp.concatenate([std, 0.0 * one])
+
+
+def restarts(grid: Grid) -> Array:
+    """Shape (N, ...): True where step i does not continue step i - 1, so that no history can be used."""
+    xp = namespace(grid.t, grid.s)
+    first = xp.ones_like(grid.t.alpha[:1], dtype=bool)
+    return xp.concatenate([first, ~xp.isclose(grid.t.half_log_snr[1:], grid.s.half_log_snr[:-1], rtol=1e-9, atol=1e-12)])
+
+
+# --- solvers and samples ------------------------------------------------------------------------------------------
+
+
+class Info(NamedTuple):
+    """What a step tells beside the state: the first clean estimate, and an error estimate where there is one."""
+
+    x0: Tree
+    error: Tree | None = None
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """Pure functions over rows, and what they declare; see docs/design.md.
+
+    ``noise`` is always a tuple of ``draws`` standard normal trees shaped like the state.
+    """
+
+    order: int  # of the deterministic part on a smooth grid
+    calls: int  # denoiser calls per row
+    draws: int  # standard normal draws per row; 0 is deterministic
+    embedded: bool  # whether step reports an error estimate
+
+    def plan(self, grid: Grid) -> Row: ...
+    def init(self, x: Tree) -> Tree: ...
+    def step(
+        self, noise: tuple[Tree, ...], denoise: Callable[[Tree, Level], Tree], x: Tree, memory: Tree, row: Row
+    ) -> tuple[Tree, Tree, Info]: ...
+
+
+class Saved(NamedTuple):
+    """What was asked to be kept, along a leading axis; ``None`` where it was not asked for."""
+
+    states: Tree | None
+    states_level: Level | None
+    x0: Tree | None
+    x0_level: Level | None
+
+
+class Sample(NamedTuple):
+    """The result of every sampler, for one sample.
+
+    ``nfe`` network evaluations (classifier-free guidance counts two a call), ``rounds`` sequential network calls,
+    ``failed_at`` the first row that left a non-finite state, or -1.
+    """
+
+    x: Tree
+    nfe: Array
+    rounds: Array
+    failed_at: Array
+    saved: Saved

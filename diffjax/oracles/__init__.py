@@ -1,0 +1,7 @@
+"""Exact denoisers: the posterior mean in closed form for data laws that have one."""
+
+from diffjax.oracles.gaussian import gaussian
+from diffjax.oracles.mixture import mixture
+from diffjax.oracles.points import points
+
+__all__ = ["gaussian", "mixture", "points"]

@@ -1,0 +1,143 @@
+"""From a network's output to the clean estimate, for every target that is linear in (x_0, eps).
+
+A target is ``y = a x_0 + b eps`` at a level (alpha, sigma).  With ``x = alpha x_0 + sigma eps`` it determines
+
+    x_0 = (sigma y - b x) / D,    eps = (a x - alpha y) / D,    D = sigma a - alpha b,
+
+wherever D is not 0.  Each target states these four coefficients in a form that is exact at both ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax.levels import Array, Level, Process, Tree, is_traced, static, value
+
+
+class Linear(NamedTuple):
+    """The coefficients of a target at a level; infinite or NaN where the target does not determine the quantity."""
+
+    target_from_x0: Array  # y = target_from_x0 x_0 + target_from_eps eps
+    target_from_eps: Array
+    x0_from_x: Array  # x_0 = x0_from_x x + x0_from_target y
+    x0_from_target: Array
+    eps_from_x: Array  # eps = eps_from_x x + eps_from_target y
+    eps_from_target: Array
+
+
+@value
+class Prediction:
+    """A kind of network output for a process.
+
+    ``target.linear(process, level)`` gives the coefficients; ``target.inputs(process, level)`` the factor on the
+    network's input and the number that it is conditioned on.
+    """
+
+    target: Any
+    process: Process
+
+    def __repr__(self) -> str:
+        return f"{self.target!r} of {self.process!r}"
+
+    def encode(self, x0: Tree, eps: Tree, level: Level) -> Tree:
+        """The training target ``a x_0 + b eps``."""
+        c = self.target.linear(self.process, level)
+        return _axpy(c.target_from_x0, x0, c.target_from_eps, eps)
+
+    def to_x0(self, output: Tree, x: Tree, level: Level) -> Tree:
+        """The clean estimate from a network output."""
+        c = self.target.linear(self.process, level)
+        return _axpy(c.x0_from_x, x, c.x0_from_target, output)
+
+    def to_eps(self, output: Tree, x: Tree, level: Level) -> Tree:
+        """The noise estimate from a network output."""
+        c = self.target.linear(self.process, level)
+        return _axpy(c.eps_from_x, x, c.eps_from_target, output)
+
+    def from_x0(self, x0: Tree, x: Tree, level: Level) -> Tree:
+        """The network output that belongs to a clean estimate: the inverse of `to_x0`."""
+        c = self.target.linear(self.process, level)
+        return _axpy(1 / c.x0_from_target, x0, -c.x0_from_x / c.x0_from_target, x)
+
+    def convert(self, output: Tree, x: Tree, level: Level, to: Prediction) -> Tree:
+        """This prediction's output as the output of another prediction of the same process.
+
+        Raises ValueError at a concrete level where this output does not determine the other.
+        """
+        mine, other = (p.target.linear(self.process, level) for p in (self, to))
+        parts = [(other.target_from_x0, mine.x0_from_x, mine.x0_from_target)]
+        parts.append((other.target_from_eps, mine.eps_from_x, mine.eps_from_target))
+        # a factor of 0 removes what is undetermined: v at sigma = 0 needs no x_0
+        from_x = sum(_times(a, p) for a, p, _ in parts)
+        from_output = sum(_times(a, q) for a, _, q in parts)
+        if not is_traced(from_x, from_output) and not (np.all(np.isfinite(from_x)) and np.all(np.isfinite(from_output))):
+            raise ValueError(
+                f"{self.target!r} does not determine {to.target!r} at alpha={level.alpha}, sigma={level.sigma}."
+            )
+        return _axpy(from_x, x, from_output, output)
+
+    def weight(self, level: Level) -> Array:
+        """The factor between squared errors: ``|target error|^2 = weight |x_0 error|^2``."""
+        return 1 / self.target.linear(self.process, level).x0_from_target ** 2
+
+    def network(
+        self, apply: Callable[..., Tree], params: Tree, x: Tree, level: Level, condition: Tree = None
+    ) -> Tree:
+        """Call ``apply(params, c_in x, network time, condition)`` on one sample.
+
+        Raises ValueError if the output's shape is not that of ``x``.
+        """
+        scale, time = self.target.inputs(self.process, level)
+        scaled = x if scale is None else jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), x)
+        output = apply(params, scaled, time, condition)
+        expected, found = jax.tree.map(jnp.shape, x), jax.tree.map(jnp.shape, output)
+        if expected != found:
+            raise ValueError(f"the network's output has shape {found}, it must have its input's shape {expected}.")
+        return output
+
+    def decode(self, apply: Callable[..., Tree], params: Tree, condition: Tree = None) -> Denoiser:
+        """The denoiser of a network ``apply(params, x, t, condition)`` that predicts this target."""
+        return Denoiser(params, condition, self, apply)
+
+
+@value
+class Denoiser:
+    """A network as ``denoise(x, level) -> x_0``; parameters, condition and process are leaves."""
+
+    params: Tree = dataclasses.field(repr=False)
+    condition: Tree
+    prediction: Prediction
+    apply: Callable = static()
+
+    def __call__(self, x: Tree, level: Level) -> Tree:
+        output = self.prediction.network(self.apply, self.params, x, level, self.condition)
+        return self.prediction.to_x0(output, x, level)
+
+    def check(self, t: Level) -> None:
+        """Raise ValueError if the target does not determine x_0 at some of the (concrete) levels ``t``."""
+        c = self.prediction.target.linear(self.prediction.process, t)
+        if is_traced(c.x0_from_x):
+            return
+        bad = ~(np.isfinite(c.x0_from_x) & np.isfinite(c.x0_from_target))
+        if np.any(bad):
+            at = tuple(int(i[0]) for i in np.nonzero(np.atleast_1d(bad)))
+            where = f"alpha={np.atleast_1d(t.alpha)[at]}, sigma={np.atleast_1d(t.sigma)[at]}"
+            raise ValueError(
+                f"prediction {self.prediction.target!r} does not determine x_0 at {where}: start the grid where"
+                " alpha > 0, or use a network that predicts data or velocity."
+            )
+
+
+def _axpy(a: Array, x: Tree, b: Array, y: Tree) -> Tree:
+    return jax.tree.map(lambda u, v: (a * u + b * v).astype(jnp.result_type(u, v)), x, y)
+
+
+def _times(factor: Array, maybe_infinite: Array) -> Array:
+    xp = jnp if is_traced(factor, maybe_infinite) else np
+    return xp.where(xp.equal(factor, 0), 0.0, factor * xp.where(xp.equal(factor, 0), 0.0, maybe_infinite))

@@ -1,0 +1,105 @@
+"""Discrete-time processes given by a table of betas, made continuous in time.
+
+Index k = 0 .. N - 1 of the table is time ``k + 1``; time 0 is the data, and in between log alpha is interpolated
+linearly, so that solvers may stop at any time.  Networks trained on the table are conditioned on k: see
+``network_time`` of the predictions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from diffjax.levels import Array, Process, arrays, value
+
+
+def table(betas: Array) -> Process:
+    """The variance-preserving process with the given betas, shape (N,), each in (0, 1); time runs from 0 to N.
+
+    ``alpha(k + 1)^2 = prod_{i <= k} (1 - betas[i])``.
+    Denoising Diffusion Probabilistic Models, arXiv:2006.11239, equation 4.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size < 1 or not np.all((betas > 0) & (betas < 1)):
+        raise ValueError(f"betas must be a vector of numbers strictly between 0 and 1, got {betas!r}.")
+    log_alpha = np.concatenate([[0.0], 0.5 * np.cumsum(np.log1p(-betas))])
+    return Process(Table(log_alpha), float(betas.size))
+
+
+def ddpm(
+    steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, schedule: str = "linear"
+) -> Process:
+    """The discrete DDPM process, continuous in time: 0 <= t <= steps.
+
+    ``schedule``: "linear" (DDPM), "scaled_linear" (linear in sqrt(beta): Stable Diffusion), "cosine" (Improved
+    Denoising Diffusion Probabilistic Models, arXiv:2102.09672, equation 17 with s = 0.008; beta_start and beta_end
+    are ignored and betas are clipped to 0.999).
+    Denoising Diffusion Probabilistic Models, arXiv:2006.11239, section 4.
+
+    >>> ddpm().level(1000.0).alpha.round(6)
+    np.float64(0.006353)
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps!r}.")
+    if schedule == "linear":
+        betas = np.linspace(beta_start, beta_end, steps)
+    elif schedule == "scaled_linear":
+        betas = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), steps) ** 2
+    elif schedule == "cosine":
+        angle = (np.linspace(0.0, 1.0, steps + 1) + 0.008) / 1.008 * math.pi / 2
+        betas = np.minimum(1 - (np.cos(angle[1:]) / np.cos(angle[:-1])) ** 2, 0.999)
+    else:
+        raise ValueError(f"schedule must be 'linear', 'scaled_linear' or 'cosine', got {schedule!r}.")
+    return table(betas)
+
+
+@value
+class Table:
+    log_alpha: Array  # shape (N + 1,), log_alpha[0] = 0
+    factory = "table"
+
+    def _parts(self, time):
+        xp, t, logs = arrays(time, self.log_alpha)
+        last = logs.shape[0] - 1
+        k = xp.clip(xp.floor(t), 0, last - 1).astype(int)
+        slope = logs[k + 1] - logs[k]
+        return xp, logs[k] + (t - k) * slope, slope
+
+    def alpha(self, time):
+        xp, log_alpha, _ = self._parts(time)
+        return xp.exp(log_alpha)
+
+    def sigma(self, time):
+        xp, log_alpha, _ = self._parts(time)
+        return xp.sqrt(xp.abs(xp.expm1(2 * log_alpha)))
+
+    def half_log_snr(self, time):
+        xp, log_alpha, _ = self._parts(time)
+        with_zero = xp.where(log_alpha == 0, -1.0, log_alpha)
+        return xp.where(log_alpha == 0, xp.inf, -0.5 * xp.log(xp.expm1(-2 * with_zero)))
+
+    def time(self, half_log_snr):
+        xp, value_, logs = arrays(half_log_snr, self.log_alpha)
+        log_alpha = -0.5 * xp.logaddexp(0.0, -2 * value_)
+        last = logs.shape[0] - 1
+        # logs decrease, searchsorted wants an increasing table; beyond the end the last slope goes on
+        k = xp.clip(xp.searchsorted(-logs, -log_alpha, side="right") - 1, 0, last - 1)
+        return k + (log_alpha - logs[k]) / (logs[k + 1] - logs[k])
+
+    def alpha_rate(self, time):
+        xp, log_alpha, slope = self._parts(time)
+        return slope * xp.exp(log_alpha)
+
+    def variance_rate(self, time):
+        xp, log_alpha, slope = self._parts(time)
+        return -slope * xp.exp(2 * log_alpha)
+
+    def sigma_rate(self, time):
+        xp, log_alpha, _ = self._parts(time)
+        rate = self.variance_rate(time) / xp.where(log_alpha == 0, 1.0, self.sigma(time))
+        return xp.where(log_alpha == 0, xp.inf, rate)
+
+    def network_time(self, time):
+        """The table's index k = time - 1, which networks trained on the table are conditioned on."""
+        return time - 1

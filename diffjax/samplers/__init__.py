@@ -1,0 +1,6 @@
+"""Samplers: the drivers that own the loop."""
+
+from diffjax.samplers.many import sample_many
+from diffjax.samplers.sequential import sample
+
+__all__ = ["sample", "sample_many"]

@@ -1,0 +1,289 @@
+"""The sequential sampler: one `lax.scan` over the rows of a solver's plan.
+
+The plan is made once, outside the loop and outside its own jit, in float64 when everything is concrete; the compiled
+loop takes rows, solver and denoiser as arguments, so rebuilding any of them with other numbers compiles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax.levels import (
+    Array,
+    Grid,
+    Level,
+    Row,
+    Sample,
+    Saved,
+    Solver,
+    Tree,
+    is_traced,
+    joins,
+    static,
+    value,
+)
+from diffjax.modifiers.gaps import renoised
+from diffjax.samplers.progress import tick
+
+SAVES = ("states", "x0")
+
+
+def sample(
+    key: Array,
+    denoise: Callable[[Tree, Level], Tree],
+    solver: Solver,
+    grid: Grid,
+    shape: tuple[int, ...] | None = None,
+    *,
+    x: Tree | None = None,
+    start: Array | None = None,
+    dtype: Any = jnp.float32,
+    save: str | tuple[str, ...] = (),
+    every: int = 1,
+    final_denoise: bool = False,
+    progress: bool = False,
+    remat: bool = False,
+    noise: Callable[[Array, Array, Tree, int], tuple[Tree, ...]] | None = None,
+) -> Sample:
+    """Draw one sample by running ``solver`` along ``grid``; batches come from `jax.vmap` over keys.
+
+    Works eagerly (compiled once per shapes and types), under `jit`, `vmap`, `grad` and `pmap`.
+
+    Args:
+        key: one PRNG key; it fixes the sample whatever the batch and the devices.
+        denoise: ``(x, level) -> x0``, best a pytree (as predictions and oracles are), so that parameters and
+            conditions are arguments of the compiled loop; a plain function is compiled for its identity.
+            A denoiser that remembers has ``init(x) -> memory`` and ``apply(x, level, memory) -> (x0, memory)``.
+        shape: the shape of one sample, for a draw from the prior.
+        x: replaces the prior: the state at the grid's first level or, with ``start``, clean data.
+        start: a time; ``x`` is noised to the first level of the grid at or below it, and the noisier steps are
+            skipped (image-to-image).
+        dtype: of a draw from the prior; float32 or wider. A given ``x`` keeps its own.
+        save: "states" (the start, then after every ``every``-th row and the last), "x0" (the clean estimates made
+            in those rows), or both.
+        final_denoise: replace the result by the clean estimate there: for grids that end at sigma > 0; one call.
+        progress: a progress bar that ticks once a row, also under vmap.
+        remat: recompute each row in the backward pass, so that gradients keep one state a row.
+        noise: ``(key, row index, x, draws) -> draws standard normal trees``; default `normal_noise`.
+
+    Returns a `Sample`.  Denoiser calls: ``solver.calls`` a row.
+
+    Raises ValueError for a grid or denoiser that the solver cannot run, and for arguments that do not fit.
+
+    >>> import diffjax, jax
+    >>> denoise = diffjax.oracles.gaussian(0.0, 1.0)
+    >>> grid = diffjax.grids.uniform(diffjax.processes.flow(), 8)
+    >>> sample(jax.random.key(0), denoise, diffjax.solvers.ddim(), grid, shape=()).nfe
+    Array(8, dtype=int32)
+    """
+    save = (save,) if isinstance(save, str) else tuple(save)
+    _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every)
+    prior_key, noise_key = jax.random.split(key)
+    if grid.gaps:
+        solver = renoised(solver)
+    if start is not None:
+        grid = grid[_first_step(grid, start) :]
+    rows = solver.plan(grid)
+    entry = jax.tree.map(lambda leaf: leaf[0], rows.t)
+    if hasattr(denoise, "check"):
+        denoise.check(rows.t)
+    if x is None:
+        x = grid.process.prior(prior_key, shape, dtype, entry)
+    else:
+        x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf, jnp.float32)), x)
+        if start is None:  # a churned first step is noisier than the state that was given
+            join = (part[0] for part in joins(dataclasses.replace(grid, t=rows.t, s=rows.s)))
+        else:
+            join = (entry.alpha, entry.sigma)
+        x = _noised(prior_key, x, *join)
+    kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).dtype
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf, kind), rows)
+    options = Options(save, every, final_denoise, progress, remat, normal_noise if noise is None else noise)
+    if not _is_value(denoise):
+        if is_traced(key, x, rows):  # a closure may hold tracers of the caller, which must not enter a cache
+            return _run(noise_key, x, Function(denoise), solver, rows, options)
+        denoise = Function(denoise)
+    return _compiled(noise_key, x, denoise, solver, rows, options)
+
+
+class Options(NamedTuple):
+    """The static arguments of the loop."""
+
+    save: tuple[str, ...]
+    every: int
+    final_denoise: bool
+    progress: bool
+    remat: bool
+    noise: Callable
+
+
+@value
+class Function:
+    """A plain function as a value, compared by identity."""
+
+    function: Callable = static()
+
+    def __call__(self, x: Tree, level: Level) -> Tree:
+        return self.function(x, level)
+
+
+class Carry(NamedTuple):
+    """What the loop carries."""
+
+    x: Tree
+    solver: Tree  # the solver's memory
+    denoiser: Tree  # the denoiser's memory
+    nfe: Array
+    failed_at: Array
+    states: Tree | None
+    x0: Tree | None
+
+
+class Counter:
+    """The denoiser as a plain call that counts evaluations and threads its memory, for the length of one trace."""
+
+    def __init__(self, denoise: Any, memory: Tree, nfe: Array):
+        self.denoise, self.memory, self.nfe = denoise, memory, nfe
+
+    def __call__(self, x: Tree, level: Level) -> Tree:
+        if remembers(self.denoise):
+            x0, self.memory = self.denoise.apply(x, level, self.memory)
+        else:
+            x0 = self.denoise(x, level)
+        expected, found = (jax.tree.map(jnp.shape, tree) for tree in (x, x0))
+        if expected != found:
+            raise ValueError(f"denoise returned shape {found} for a state of shape {expected}; they must be equal.")
+        evaluations = getattr(self.denoise, "evaluations", None)
+        self.nfe = self.nfe + (1 if evaluations is None else evaluations(level))
+        return x0
+
+
+def remembers(denoise: Any) -> bool:
+    """Whether a denoiser is the pair ``init(x)``, ``apply(x, level, memory)``."""
+    return hasattr(denoise, "init") and hasattr(denoise, "apply") and not callable(denoise)
+
+
+def normal_noise(key: Array, index: Array, x: Tree, draws: int) -> tuple[Tree, ...]:
+    """Standard normal trees shaped like ``x`` that depend on the key and the row's index alone."""
+    key = jax.random.fold_in(key, index)
+    leaves, structure = jax.tree.flatten(x)
+    count = draws * len(leaves)
+    keys = [key] if count == 1 else [jax.random.fold_in(key, i) for i in range(count)]
+    normals = [jax.random.normal(k, jnp.shape(leaf), leaf.dtype) for k, leaf in zip(keys, leaves * draws, strict=True)]
+    return tuple(structure.unflatten(normals[i : i + len(leaves)]) for i in range(0, count, len(leaves)))
+
+
+def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, options: Options) -> Sample:
+    count = rows.t.time.shape[0]
+    slots = -(-count // options.every)
+    zero = jnp.zeros((), jnp.int32)
+    carry = Carry(
+        x,
+        solver.init(x),
+        denoise.init(x) if remembers(denoise) else None,
+        zero,
+        zero - 1,
+        _buffer(x, slots) if "states" in options.save else None,
+        _buffer(x, slots) if "x0" in options.save else None,
+    )
+
+    def body(carry: Carry, indexed: tuple[Array, Row]) -> tuple[Carry, None]:
+        index, row = indexed
+        counter = Counter(denoise, carry.denoiser, carry.nfe)
+        noise = options.noise(key, index, carry.x, solver.draws) if solver.draws else ()
+        x, memory, info = solver.step(noise, counter, carry.x, carry.solver, row)
+        finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x)]).all()
+        failed_at = jnp.where((carry.failed_at < 0) & ~finite, index, carry.failed_at)
+        slot = index // options.every  # overwritten until the last row of its group
+        if options.progress:
+            tick(index, count)
+        return Carry(
+            x,
+            memory,
+            counter.memory,
+            counter.nfe,
+            failed_at,
+            _write(carry.states, x, slot),
+            _write(carry.x0, info.x0, slot),
+        ), None
+
+    body = jax.checkpoint(body) if options.remat else body
+    end, _ = jax.lax.scan(body, carry, (jnp.arange(count, dtype=jnp.int32), rows))
+    result, nfe, rounds = end.x, end.nfe, count * solver.calls
+    if options.final_denoise:
+        counter = Counter(denoise, end.denoiser, nfe)
+        result = counter(result, jax.tree.map(lambda leaf: leaf[-1], rows.s))
+        nfe, rounds = counter.nfe, rounds + 1
+    return Sample(result, nfe, jnp.asarray(rounds, jnp.int32), end.failed_at, _saved(x, end, rows, options))
+
+
+_compiled = jax.jit(_run, static_argnames="options")
+
+
+def _saved(start: Tree, end: Carry, rows: Row, options: Options) -> Saved:
+    count = rows.t.time.shape[0]
+    last = np.minimum(np.arange(options.every, count + options.every, options.every), count) - 1
+    states = states_level = x0_level = None
+    if end.states is not None:
+        states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), start, end.states)
+        # after a row the state is at the next row's level: with noise added in between that is not the row's s
+        after = jax.tree.map(lambda t, s: jnp.concatenate([t, s[-1:]]), rows.t, rows.s)
+        states_level = jax.tree.map(lambda leaf: leaf[np.concatenate([[0], last + 1])], after)
+    if end.x0 is not None:
+        x0_level = jax.tree.map(lambda leaf: leaf[last], rows.t)
+    return Saved(states, states_level, end.x0, x0_level)
+
+
+def _buffer(x: Tree, slots: int) -> Tree:
+    return jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), x)
+
+
+def _write(buffer: Tree | None, x: Tree, slot: Array) -> Tree | None:
+    if buffer is None:
+        return None
+    return jax.tree.map(lambda b, leaf: jax.lax.dynamic_update_index_in_dim(b, leaf.astype(b.dtype), slot, 0), buffer, x)
+
+
+def _noised(key: Array, x: Tree, keep: Array, std: Array) -> Tree:
+    if not is_traced(keep, std) and np.all(keep == 1) and np.all(std == 0):
+        return x
+    (noise,) = normal_noise(key, 0, x, 1)
+    return jax.tree.map(lambda leaf, z: (keep * leaf + std * z).astype(leaf.dtype), x, noise)
+
+
+def _first_step(grid: Grid, start: Array) -> int:
+    if is_traced(grid, start):
+        raise ValueError("start must be concrete, because it decides the number of steps; pass a grid from start instead.")
+    below = np.asarray(grid.t.time).reshape(len(grid), -1).max(axis=1) <= start * (1 + 1e-9)
+    if not np.any(below):
+        raise ValueError(f"start must be at or above the time of some step of the grid {grid.t.time!r}, got {start!r}.")
+    return int(np.argmax(below))
+
+
+def _is_value(denoise: Any) -> bool:
+    return not jax.tree_util.treedef_is_leaf(jax.tree.structure(denoise))
+
+
+def _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every) -> None:
+    if not isinstance(grid, Grid):
+        raise ValueError(f"grid must be a Grid (see diffjax.grids), got {grid!r}.")
+    if not isinstance(solver, Solver):
+        raise ValueError(f"solver must have plan, init and step (see diffjax.solvers), got {solver!r}.")
+    if not callable(denoise) and not remembers(denoise):
+        raise ValueError(f"denoise must be callable as denoise(x, level), got {denoise!r}.")
+    if (shape is None) == (x is None):
+        raise ValueError(f"give exactly one of shape={shape!r} (a draw from the prior) and x.")
+    if start is not None and x is None:
+        raise ValueError(f"start={start!r} needs x, the clean data to be noised.")
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+        raise ValueError(f"dtype must be float32 or wider (networks may cast inside), got {dtype!r}.")
+    if not set(save) <= set(SAVES):
+        raise ValueError(f"save must be among {SAVES}, got {save!r}.")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an integer of at least 1, got {every!r}.")

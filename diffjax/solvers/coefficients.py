@@ -1,0 +1,67 @@
+"""Coefficients that several families share, each exact at sigma = 0 and at alpha = 0.
+
+All are functions of the levels ``t`` (from) and ``s`` (to), with ``h = half_log_snr(s) - half_log_snr(t)``.
+"""
+
+from __future__ import annotations
+
+from diffjax.levels import Array, Grid, Level, namespace, ratio, rise
+
+
+def exponential(t: Level, s: Level) -> tuple[Array, Array]:
+    """``(sigma_s / sigma_t, alpha_s (1 - exp(-h)))``: the step that is exact for a constant clean estimate."""
+    xp = namespace(t, s)
+    return ratio(s.sigma, t.sigma), -s.alpha * xp.expm1(-rise(t, s))
+
+
+def stochastic_exponential(t: Level, s: Level, eta: Array) -> tuple[Array, Array, Array]:
+    """``(keep, weight, std)`` of the DDIM family: x' = keep x + weight x0 + std z.
+
+    ``std = eta sigma_s sqrt(1 - exp(-2h))`` and keep = sqrt(sigma_s^2 - std^2) / sigma_t; at eta = 1 it is the
+    posterior q(x_s | x_t, x_0).
+    """
+    xp = namespace(t, s, eta)
+    h = xp.maximum(rise(t, s), 0.0)
+    fresh = -(eta**2) * xp.expm1(-2 * h)  # the share of the variance of x_s that is fresh noise
+    shrink = xp.sqrt(xp.maximum(1 - fresh, 0.0))
+    keep = ratio(s.sigma, t.sigma) * shrink
+    # alpha_s - alpha_t keep = alpha_s (1 - exp(-h) shrink), free of cancellation for small h
+    weight = -s.alpha * (xp.expm1(-h) * shrink + _minus_one(shrink, fresh))
+    return keep, weight, s.sigma * xp.sqrt(fresh)
+
+
+def _minus_one(shrink: Array, fresh: Array) -> Array:
+    """sqrt(1 - fresh) - 1 without cancellation."""
+    return -fresh / (1 + shrink)
+
+
+def noise_reading(level: Level) -> tuple[Array, Array]:
+    """``(p, q)`` with eps = p x + q x0; zero where sigma = 0, where no reading is made."""
+    return _over_sigma(level, 1.0), _over_sigma(level, -level.alpha)
+
+
+def velocity_reading(grid: Grid, level: Level) -> tuple[Array, Array]:
+    """``(p, q)`` with dx/dt = alpha' x0 + sigma' eps = p x + q x0; zero where sigma = 0."""
+    xp = namespace(level)
+    alpha_rate, sigma_rate = rates(grid, level)
+    p = _over_sigma(level, xp.where(level.sigma == 0, 0.0, sigma_rate))
+    return p, xp.where(level.sigma == 0, 0.0, alpha_rate - level.alpha * p)
+
+
+def rates(grid: Grid, level: Level) -> tuple[Array, Array]:
+    """alpha' and sigma' at a level, shaped like alpha."""
+    schedule = grid.process.schedule
+    widen = (Ellipsis,) + (None,) * (level.alpha.ndim - level.time.ndim)
+    return schedule.alpha_rate(level.time)[widen], schedule.sigma_rate(level.time)[widen]
+
+
+def difference(t: Level, s: Level) -> Array:
+    """``s.time - t.time``, shaped like alpha."""
+    widen = (Ellipsis,) + (None,) * (t.alpha.ndim - t.time.ndim)
+    return (s.time - t.time)[widen]
+
+
+def _over_sigma(level: Level, numerator: Array) -> Array:
+    xp = namespace(level)
+    zero = level.sigma == 0
+    return xp.where(zero, 0.0, numerator / xp.where(zero, 1.0, level.sigma))

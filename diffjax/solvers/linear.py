@@ -1,0 +1,109 @@
+"""The one machine under the solvers: steps that are linear in the state, the predictions, their history and noise.
+
+A *reading* of the denoiser at stage j is ``v_j = p_j x_j + q_j x0_j``: the clean estimate itself, the noise, the flow
+velocity or any other linear variable.  With S stages, H remembered readings and Z draws, one step is
+
+    x_j = A_j . (x, v_1, ..., v_{j-1}, h_1, ..., h_H, z_1, ..., z_Z)        for the stages j = 2 .. S, with x_1 = x
+    x'  = B   . (x, v_1, ..., v_S,     h_1, ..., h_H, z_1, ..., z_Z)
+
+after which v_1 becomes h_1.  A *method* is whatever fills the coefficients in: a value with ``table(grid)``, written
+once for NumPy in float64 and for traced grids.  Euler, DDIM, ancestral sampling, exponential multistep and Runge-Kutta
+methods, deterministic or stochastic, differ in nothing but their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from diffjax.levels import Array, Grid, Info, Level, Row, Tree, combine, concrete, is_traced, namespace, static, value
+
+
+class Table(NamedTuple):
+    """The coefficients of every row, leading axis R; the rest broadcasts against the state.
+
+    ``out`` (R, 1 + S + H + Z, ...); ``stages[j]`` (R, 1 + j + 1 + H + Z, ...) for the (j + 2)-nd stage;
+    ``levels[j]`` its level; ``reads`` (R, S, 2, ...) the pairs (p, q), or None where the reading is x0 itself.
+    """
+
+    out: Array
+    stages: tuple[Array, ...] = ()
+    levels: tuple[Level, ...] = ()
+    reads: Array | None = None
+
+
+@value
+class Linear:
+    """A solver defined by a table; see the module."""
+
+    method: Any
+    order: int = static()
+    calls: int = static(default=1)
+    history: int = static(default=0)
+    draws: int = static(default=0)
+    embedded: bool = static(default=False)
+
+    def __repr__(self) -> str:
+        return repr(self.method)
+
+    def plan(self, grid: Grid) -> Row:
+        method, grid = (self.method, grid) if is_traced(self.method, grid) else (self.method, concrete(grid))
+        check(self, grid)
+        return Row(grid.t, grid.s, method.table(grid))
+
+    def init(self, x: Tree) -> Tree:
+        zeros = jax.tree.map(lambda leaf: 0 * leaf, x)
+        return (zeros,) * self.history
+
+    def update(self, noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
+        """The step of a one-call method once the clean estimate is known: ``(x, memory)``."""
+        table = row.coefficients
+        reading = _read(table, 0, x, x0)
+        return combine(table.out, (x, reading, *memory, *noise)), _push(memory, reading)
+
+    def kernel(self, x: Tree, x0: Tree, row: Row) -> tuple[Tree, Array]:
+        """Mean and standard deviation of the next state of a one-call, one-step, one-draw method."""
+        table = row.coefficients
+        return combine(table.out[:2], (x, _read(table, 0, x, x0))), table.out[2]
+
+    def step(
+        self, noise: tuple[Tree, ...], denoise: Callable[[Tree, Level], Tree], x: Tree, memory: Tree, row: Row
+    ) -> tuple[Tree, Tree, Info]:
+        table = row.coefficients
+        x0 = denoise(x, row.t)
+        readings = [_read(table, 0, x, x0)]
+        for j in range(self.calls - 1):
+            stage = combine(table.stages[j], (x, *readings, *memory, *noise))
+            readings.append(_read(table, j + 1, stage, denoise(stage, table.levels[j])))
+        return combine(table.out, (x, *readings, *memory, *noise)), _push(memory, readings[0]), Info(x0)
+
+
+def _read(table: Table, stage: int, x: Tree, x0: Tree) -> Tree:
+    return x0 if table.reads is None else combine(table.reads[stage], (x, x0))
+
+
+def _push(memory: tuple[Tree, ...], reading: Tree) -> tuple[Tree, ...]:
+    return (reading, *memory)[: len(memory)]
+
+
+def check(solver: Any, grid: Grid) -> None:
+    """Raise ValueError if a (concrete) grid cannot be run by a solver."""
+    if is_traced(grid):
+        return
+    xp = namespace(grid.t)
+    moves = grid.t.half_log_snr != grid.s.half_log_snr
+    if xp.any((grid.t.sigma == 0) & moves):
+        raise ValueError(
+            f"{solver!r} cannot start at sigma = 0, where a state tells nothing about its noise: start the grid at a"
+            f" small time above 0, got times {grid.t.time!r}."
+        )
+    if solver.draws and xp.any(grid.s.half_log_snr < grid.t.half_log_snr):
+        raise ValueError(f"{solver!r} is stochastic and runs towards the data only; the grid's times increase.")
+
+
+def stack(*columns: Array) -> Array:
+    """Coefficients, each of shape (R, ...), as (R, K, ...)."""
+    xp = namespace(*columns)
+    return xp.stack(xp.broadcast_arrays(*columns), axis=1)
