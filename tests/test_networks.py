@@ -1,5 +1,7 @@
 """Networks: shapes, gradients, conditioning, vmap, precision, values and errors."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +14,19 @@ from diffjax.networks import layers
 IMAGE = (8, 8, 2)
 
 
+@cache
 def unet(seed=0, **changes):
     options = {"channels": (8, 16), "groups": 4, "heads": 2, "condition": networks.label(3)}
     return networks.functional(networks.UNet(IMAGE, **(options | changes), rngs=nnx.Rngs(seed)))
 
 
+@cache
 def dit(seed=0, **changes):
     options = {"width": 16, "depth": 2, "heads": 2, "condition": networks.label(3)}
     return networks.functional(networks.DiT(IMAGE, **(options | changes), rngs=nnx.Rngs(seed)))
 
 
+@cache
 def mlp(seed=0, **changes):
     options = {"width": 16, "depth": 2, "condition": networks.label(3)}
     return networks.functional(networks.MLP(5, **(options | changes), rngs=nnx.Rngs(seed)))
@@ -260,3 +265,11 @@ def test_bad_inputs_are_refused_at_trace(case):
         apply(params, jnp.ones(shape), 0.5, jnp.array([1, 2]))
     with pytest.raises(ValueError, match="was given 2"):
         apply(params, jnp.ones(shape), 0.5, (1, 2))
+
+
+def test_kernels_start_with_the_variance_of_one_over_fan_in():
+    kernel = layers.uniform(jax.random.key(0), (3, 3, 40, 50))
+    assert kernel.shape == (3, 3, 40, 50)
+    np.testing.assert_allclose(np.var(kernel) * 360, 1.0, rtol=0.03)
+    jitted = jax.jit(layers.uniform, static_argnums=1)(jax.random.key(0), (3, 3, 40, 50))
+    np.testing.assert_allclose(kernel, jitted, rtol=1e-6)

@@ -28,8 +28,7 @@ class Block(nnx.Module):
     """Transformer block on (N, width) tokens, modulated by the embedding."""
 
     def __init__(self, width: int, heads: int, ratio: float, context: list[int], **options: Any):
-        zero = nnx.initializers.zeros
-        self.modulate = nnx.Linear(width, 6 * width, kernel_init=zero, **options)
+        self.modulate = nnx.Linear(width, 6 * width, **(options | layers.ZERO))
         self.attention = layers.Attention(width, heads, **options)
         # One cross-attention for each token condition; zero output, so it starts silent too.
         self.cross = nnx.List(
@@ -114,16 +113,13 @@ class DiT(nnx.Module):
         )
         self.shape, self.patch, self.width, self.dtype = shape, patch, width, dtype
         self.output = output or shape[2]
-        options = {"dtype": dtype, "rngs": rngs}
+        options = layers.linear_options(dtype, rngs)
         self.embed = layers.Embedding(width, specs, time_scale=time_scale, **options)
         self.stem = nnx.Linear(patch * patch * shape[2], width, **options)
         context = [spec.size for spec in specs if spec.kind == "tokens"]
         self.blocks = nnx.List(Block(width, heads, ratio, context, **options) for _ in range(depth))
-        zero = nnx.initializers.zeros
-        self.modulate = nnx.Linear(width, 2 * width, kernel_init=zero, **options)
-        self.out = nnx.Linear(
-            width, patch * patch * self.output, kernel_init=zero, bias_init=zero, **options
-        )
+        self.modulate = nnx.Linear(width, 2 * width, **(options | layers.ZERO))
+        self.out = nnx.Linear(width, patch * patch * self.output, **(options | layers.ZERO))
 
     def __call__(
         self, x: Float[Array, "h w c"], t: Float[Array, ""] | float, condition: Any = None

@@ -9,14 +9,38 @@ classes for a label, or zeros for a vector or a token sequence: values, so that 
 unconditional branches fit into one batch.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
+
+# One object, so that graph definitions of equal modules are equal.
+ZERO = {"kernel_init": nnx.initializers.zeros}
+
+
+def uniform(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **_: Any) -> Array:
+    """Uniform with variance 1 / fan-in, the fan-in being the product of all axes but the last.
+
+    Drawn as a flat array of the next power of two and cut to size: JAX compiles every shape that it
+    draws, 0.1 to 0.2 s each, and a network has dozens of shapes but few powers of two.
+    """
+    size, fan_in = math.prod(shape), math.prod(shape[:-1])
+    flat = jax.random.uniform(key, (1 << (size - 1).bit_length(),), dtype, -1.0, 1.0)
+    xp = jnp if isinstance(flat, jax.core.Tracer) else np
+    return jnp.asarray(
+        xp.asarray(flat)[:size].reshape(shape) * xp.asarray((3 / fan_in) ** 0.5, dtype)
+    )
+
+
+def linear_options(dtype: DTypeLike, rngs: nnx.Rngs) -> dict[str, Any]:
+    """Keyword arguments that every linear layer and convolution of a network shares."""
+    return {"dtype": dtype, "rngs": rngs, "kernel_init": uniform}
 
 
 class Condition(NamedTuple):
@@ -91,18 +115,17 @@ class Embedding(nnx.Module):
         *,
         features: int = 64,
         time_scale: float = 1000.0,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
         self.specs, self.features, self.time_scale = specs, features, time_scale
-        self.time_in = nnx.Linear(features, size, dtype=dtype, rngs=rngs)
-        self.time_out = nnx.Linear(size, size, dtype=dtype, rngs=rngs)
+        self.time_in = nnx.Linear(features, size, **options)
+        self.time_out = nnx.Linear(size, size, **options)
         # A table of its own for each condition; the last row of a label's table is the null class.
         pooled = [spec for spec in specs if spec.kind != "tokens"]
         self.tables = nnx.List(
-            nnx.Embed(spec.size + 1, size, dtype=dtype, rngs=rngs)
+            nnx.Embed(spec.size + 1, size, dtype=options["dtype"], rngs=options["rngs"])
             if spec.kind == "label"
-            else nnx.Linear(spec.size, size, dtype=dtype, rngs=rngs)
+            else nnx.Linear(spec.size, size, **options)
             for spec in pooled
         )
 
@@ -194,15 +217,13 @@ class Attention(nnx.Module):
         *,
         context: int | None = None,
         zero: bool = False,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        **options: Any,
     ):
         divides("heads", heads, "channels", size)
         self.heads = heads
-        self.query = nnx.Linear(size, size, dtype=dtype, rngs=rngs)
-        self.key_value = nnx.Linear(context or size, 2 * size, dtype=dtype, rngs=rngs)
-        init = {"kernel_init": nnx.initializers.zeros} if zero else {}
-        self.out = nnx.Linear(size, size, dtype=dtype, rngs=rngs, **init)
+        self.query = nnx.Linear(size, size, **options)
+        self.key_value = nnx.Linear(context or size, 2 * size, **options)
+        self.out = nnx.Linear(size, size, **(options | ZERO if zero else options))
 
     def __call__(
         self, x: Float[Array, "n d"], context: Float[Array, "m c"] | None = None

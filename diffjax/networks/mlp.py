@@ -79,12 +79,11 @@ class MLP(nnx.Module):
             dtype=dtype.name,
         )
         self.size, self.dtype = size, dtype
-        options = {"dtype": dtype, "rngs": rngs}
+        options = layers.linear_options(dtype, rngs)
         self.embed = layers.Embedding(width, specs, time_scale=time_scale, **options)
         self.stem = nnx.Linear(size, width, **options)
         self.blocks = nnx.List(Block(width, **options) for _ in range(depth))
-        zero = nnx.initializers.zeros
-        self.out = nnx.Linear(width, output or size, kernel_init=zero, bias_init=zero, **options)
+        self.out = nnx.Linear(width, output or size, **(options | layers.ZERO))
 
     def __call__(
         self, x: Float[Array, " size"], t: Float[Array, ""] | float, condition: Any = None

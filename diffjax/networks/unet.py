@@ -34,8 +34,7 @@ class Block(nnx.Module):
         self.groups = groups
         self.first = nnx.Conv(c_in, c_out, (3, 3), **options)
         self.modulate = nnx.Linear(embedding, 2 * c_out, **options)
-        zero = nnx.initializers.zeros
-        self.second = nnx.Conv(c_out, c_out, (3, 3), kernel_init=zero, **options)
+        self.second = nnx.Conv(c_out, c_out, (3, 3), **(options | layers.ZERO))
         self.skip = None if c_in == c_out else nnx.Linear(c_in, c_out, **options)
         self.attention = (
             None if heads is None else layers.Attention(c_out, heads, zero=True, **options)
@@ -114,7 +113,7 @@ class UNet(nnx.Module):
             dtype=dtype.name,
         )
         self.channels, self.shape, self.dtype, self.groups = channels, shape, dtype, groups
-        options = {"dtype": dtype, "rngs": rngs}
+        options = layers.linear_options(dtype, rngs)
         attends = [heads if height in attention else None for height in heights]
 
         def block(c_in: int, level: int, attend: int | None) -> Block:
@@ -136,10 +135,7 @@ class UNet(nnx.Module):
         self.up, self.grow = nnx.List(up), nnx.List(grow)
         last = len(channels) - 1
         self.middle = nnx.List(block(channels[last], last, attend) for attend in (heads, None))
-        zero = nnx.initializers.zeros
-        self.out = nnx.Conv(
-            channels[0], output or shape[2], (3, 3), kernel_init=zero, bias_init=zero, **options
-        )
+        self.out = nnx.Conv(channels[0], output or shape[2], (3, 3), **(options | layers.ZERO))
 
     def __call__(
         self, x: Float[Array, "h w c"], t: Float[Array, ""] | float, condition: Any = None
