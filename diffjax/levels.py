@@ -38,11 +38,25 @@ def value(cls: type) -> Any:
     """
     cls = dataclasses.dataclass(frozen=True, repr=False, eq=False)(cls)
     fields = dataclasses.fields(cls)
-    jax.tree_util.register_dataclass(
-        cls,
-        data_fields=[f.name for f in fields if not f.metadata.get("static")],
-        meta_fields=[f.name for f in fields if f.metadata.get("static")],
-    )
+    leaves = [f.name for f in fields if not f.metadata.get("static")]
+    statics = [f.name for f in fields if f.metadata.get("static")]
+
+    def flatten(self: Any) -> tuple[tuple, tuple]:
+        # the class is part of the metadata: jax compares registered dataclasses by their metadata alone, so that
+        # two field-less classes would be equal, and one could be served the other's compiled code
+        return tuple(getattr(self, name) for name in leaves), (cls, *(getattr(self, name) for name in statics))
+
+    def flatten_with_keys(self: Any) -> tuple[tuple, tuple]:
+        children, metadata = flatten(self)
+        return tuple(zip(map(jax.tree_util.GetAttrKey, leaves), children, strict=True)), metadata
+
+    def unflatten(metadata: tuple, children: tuple) -> Any:
+        self = object.__new__(cls)  # not __init__: placeholders and tracers must pass
+        for name, content in zip((*leaves, *statics), (*children, *metadata[1:]), strict=True):
+            object.__setattr__(self, name, content)
+        return self
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     if "__repr__" not in cls.__dict__:
         cls.__repr__ = _call_repr
     return cls

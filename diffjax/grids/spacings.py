@@ -54,7 +54,7 @@ def log_snr(
     low = (1e-3 * process.end if clean_end else 0.0) if stop is None else float(stop)
     if np.isinf(process.level(low).half_log_snr):
         raise ValueError(f"stop must be a time with finite log-SNR, got {stop!r}.")
-    last_step = to_data and low > 0
+    last_step = bool(to_data and low > 0)
     from_nothing = process.level(first).alpha == 0
     high = (1 - 1e-3) * first if from_nothing else first
     inner = steps - int(last_step) - int(from_nothing)
@@ -92,7 +92,7 @@ def karras(
     low = max(0.002, cleanest) if sigma_min is None else np.float64(sigma_min)
     if not 0 < low < high or not rho > 0:
         raise ValueError(f"need 0 < sigma_min < sigma_max and rho > 0, got {low!r}, {high!r}, rho={rho!r}.")
-    last_step = to_data and cleanest == 0
+    last_step = bool(to_data and cleanest == 0)
     inner = steps - int(last_step)
     u = np.linspace(0.0, 1.0, max(inner, 1) + 1)[: inner + 1]
     ratios = (high ** (1 / rho) + u * (low ** (1 / rho) - high ** (1 / rho))) ** rho

@@ -124,13 +124,16 @@ class Denoiser:
         c = self.prediction.target.linear(self.prediction.process, t)
         if is_traced(c.x0_from_x):
             return
-        bad = ~(np.isfinite(c.x0_from_x) & np.isfinite(c.x0_from_target))
+        _, time = self.prediction.target.inputs(self.prediction.process, t)
+        self._refuse(t, ~(np.isfinite(c.x0_from_x) & np.isfinite(c.x0_from_target)), "does not determine x_0")
+        self._refuse(t, ~np.isfinite(time), "conditions the network on an infinite number")
+
+    def _refuse(self, t: Level, bad: Array, why: str) -> None:
         if np.any(bad):
-            at = tuple(int(i[0]) for i in np.nonzero(np.atleast_1d(bad)))
-            where = f"alpha={np.atleast_1d(t.alpha)[at]}, sigma={np.atleast_1d(t.sigma)[at]}"
+            alpha, sigma = (np.broadcast_to(leaf.reshape(leaf.shape[: bad.ndim]), bad.shape)[bad][0] for leaf in t[1:3])
             raise ValueError(
-                f"prediction {self.prediction.target!r} does not determine x_0 at {where}: start the grid where"
-                " alpha > 0, or use a network that predicts data or velocity."
+                f"prediction {self.prediction.target!r} {why} at alpha={alpha}, sigma={sigma}: start the grid where"
+                " alpha > 0, or use a prediction that is defined there (data or velocity)."
             )
 
 
