@@ -150,9 +150,7 @@ def test_dit_patches_go_back_where_they_came_from():
     apply, params = dit()
     head = {"modulate": params["modulate"], "out": shaken(params["out"])}
     params = params | head
-    jacobian = jax.jacobian(lambda x: apply(params, x, 0.5, 0))(
-        jax.random.normal(jax.random.key(0), IMAGE)
-    )
+    jacobian = jax.jacobian(lambda x: apply(params, x, 0.5, 0))(jax.random.normal(jax.random.key(0), IMAGE))
     reach = np.abs(jacobian).sum((2, 5)) > 1e-7
     rows, columns = np.divmod(np.arange(64), 8)
     same = (rows[:, None] // 2 == rows // 2) & (columns[:, None] // 2 == columns // 2)

@@ -10,7 +10,7 @@ The iterator's state is the number of the next batch: a small JSON object, exact
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -20,6 +20,7 @@ from diffjax.data.sets import Batch, Images, stack
 Augment = Callable[[np.random.Generator, np.ndarray], np.ndarray]
 
 
+@runtime_checkable
 class Checkpointable(Protocol):
     """An iterator over batches whose state can be stored as JSON and set again."""
 
@@ -66,9 +67,7 @@ def batches(
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"size must be a positive integer, got {size!r}")
     if not 0 <= shard_index < shard_count:
-        raise ValueError(
-            f"shard_index={shard_index} must be at least 0 and below shard_count={shard_count}"
-        )
+        raise ValueError(f"shard_index={shard_index} must be at least 0 and below shard_count={shard_count}")
     if size % shard_count:
         raise ValueError(f"size={size} must be divisible by shard_count={shard_count}")
     if not repeat and shard_count > 1 and len(images) % shard_count:
@@ -87,7 +86,7 @@ def batches(
 
     def part(rows: np.ndarray) -> Batch:
         mine = np.array_split(rows, shard_count)[shard_index]
-        examples = images.__getitems__(mine[:, 1])
+        examples = images.__getitems__(mine[:, 1].tolist())
         if augment is not None:
             examples = [
                 (augment(np.random.default_rng((seed, position)), image), label)
@@ -95,7 +94,5 @@ def batches(
             ]
         return stack(images, examples)
 
-    options = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
-    )
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
     return iter(numbers.batch(size).map(part).to_iter_dataset(options))

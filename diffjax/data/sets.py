@@ -118,7 +118,8 @@ def load(name: str, split: str = "train", *, folder: str | os.PathLike | None = 
         make = Digits if name == "digits" else lambda **options: tfds.builder(name, **options)
         builder = make(file_format="array_record", **where)
     except tfds.core.registered.DatasetNotFoundError:
-        close = difflib.get_close_matches(name, ["digits", *tfds.list_builders()], 4, 0.5)
+        known = tfds.list_builders(with_community_datasets=False)  # those are listed on the network
+        close = difflib.get_close_matches(name, ["digits", *known], 4, 0.5)
         raise ValueError(
             f"data set {name!r} is unknown: it must be 'digits' or a TFDS name"
             + (f"; close are {close}" if close else "")
@@ -126,13 +127,9 @@ def load(name: str, split: str = "train", *, folder: str | os.PathLike | None = 
     if not builder.is_prepared():
         _prepare(builder, name)
     if split.split("[")[0] not in builder.info.splits and split != "all":
-        raise ValueError(
-            f"data set {name!r} has no split {split!r}; it has {sorted(builder.info.splits)}"
-        )
+        raise ValueError(f"data set {name!r} has no split {split!r}; it has {sorted(builder.info.splits)}")
     if "image" not in (builder.info.features or {}):
-        raise ValueError(
-            f"data set {name!r} has no feature 'image'; it has {sorted(builder.info.features)}"
-        )
+        raise ValueError(f"data set {name!r} has no feature 'image'; it has {sorted(builder.info.features)}")
     try:
         records = builder.as_data_source(split=split)
     except Exception as error:

@@ -45,7 +45,8 @@ def swiss_roll(key: PRNGKeyArray, noise: float = 0.05) -> tuple[Float[Array, " 2
     turn = 3 * jax.random.uniform(key_angle)
     angle = jnp.pi * (1.5 + turn)
     x = angle * jnp.stack([jnp.cos(angle), jnp.sin(angle)]) / (4.5 * jnp.pi)
-    x = (x - jnp.array([0.11, -0.05])) / 0.49
+    # The mean and standard deviation of the noiseless spiral.
+    x = (x - jnp.array([0.1415, 0.0150])) / jnp.array([0.4685, 0.4917])
     return x + noise * jax.random.normal(key_noise, (2,)), turn.astype(jnp.int32)
 
 

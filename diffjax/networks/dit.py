@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from numpy.typing import DTypeLike
 
 from diffjax.networks import layers
-from diffjax.networks.functional import described
+from diffjax.networks.functional import Time, described
 
 
 class Block(nnx.Module):
@@ -31,9 +31,7 @@ class Block(nnx.Module):
         self.modulate = nnx.Linear(width, 6 * width, **(options | layers.ZERO))
         self.attention = layers.Attention(width, heads, **options)
         # One cross-attention for each token condition; zero output, so it starts silent too.
-        self.cross = nnx.List(
-            layers.Attention(width, heads, context=size, zero=True, **options) for size in context
-        )
+        self.cross = nnx.List(layers.Attention(width, heads, context=size, zero=True, **options) for size in context)
         inner = int(width * ratio)
         self.mlp_in = nnx.Linear(width, inner, **options)
         self.mlp_out = nnx.Linear(inner, width, **options)
@@ -121,13 +119,10 @@ class DiT(nnx.Module):
         self.modulate = nnx.Linear(width, 2 * width, **(options | layers.ZERO))
         self.out = nnx.Linear(width, patch * patch * self.output, **(options | layers.ZERO))
 
-    def __call__(
-        self, x: Float[Array, "h w c"], t: Float[Array, ""] | float, condition: Any = None
-    ) -> Float[Array, "h w out"]:
+    def __call__(self, x: Float[Array, "..."], t: Time, condition: Any = None) -> Float[Array, "h w out"]:
         if x.shape != self.shape:
             raise ValueError(
-                f"x must be one image of shape {self.shape} (batches go through jax.vmap), "
-                f"got shape {x.shape}"
+                f"x must be one image of shape {self.shape} (batches go through jax.vmap), got shape {x.shape}"
             )
         embedding, sequences = self.embed(jnp.asarray(t), condition)
         height, width, patch = x.shape[0] // self.patch, x.shape[1] // self.patch, self.patch
@@ -142,7 +137,7 @@ class DiT(nnx.Module):
         return split.reshape(height * patch, width * patch, self.output)
 
 
-def positions(height: int, width: int, size: int) -> Float[Array, "height*width size"]:
+def positions(height: int, width: int, size: int) -> Float[Array, "{height}*{width} {size}"]:
     """Fixed sine and cosine features of a token's row (first half) and column (second half)."""
     rates = 10000.0 ** (-np.arange(size // 4) / (size // 4))
 

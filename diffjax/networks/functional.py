@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 Params: TypeAlias = dict[str, Any]
+# A scalar; integers are the table indices of discrete-time processes.
+Time: TypeAlias = Float[Array, ""] | Int[Array, ""] | np.number | np.ndarray | float | int
 
 
 class Architecture(NamedTuple):
@@ -56,7 +59,7 @@ class Apply:
         self,
         params: PyTree,
         x: Float[Array, "..."],
-        t: Float[Array, ""] | float,
+        t: Time,
         condition: PyTree = None,
     ) -> Float[Array, "..."]:
         return nnx.merge(self.graph, _indexed(params))(x, t, condition)

@@ -33,9 +33,7 @@ def uniform(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **
     size, fan_in = math.prod(shape), math.prod(shape[:-1])
     flat = jax.random.uniform(key, (1 << (size - 1).bit_length(),), dtype, -1.0, 1.0)
     xp = jnp if isinstance(flat, jax.core.Tracer) else np
-    return jnp.asarray(
-        xp.asarray(flat)[:size].reshape(shape) * xp.asarray((3 / fan_in) ** 0.5, dtype)
-    )
+    return jnp.asarray(xp.asarray(flat)[:size].reshape(shape) * xp.asarray((3 / fan_in) ** 0.5, dtype))
 
 
 def linear_options(dtype: DTypeLike, rngs: nnx.Rngs) -> dict[str, Any]:
@@ -133,9 +131,7 @@ class Embedding(nnx.Module):
         self, t: Float[Array, ""], condition: Any
     ) -> tuple[Float[Array, " size"], list[Float[Array, "length width"]]]:
         """The embedding, and the token sequences among the conditions, untouched."""
-        out = self.time_out(
-            nnx.silu(self.time_in(time_features(t, self.features, self.time_scale)))
-        )
+        out = self.time_out(nnx.silu(self.time_in(time_features(t, self.features, self.time_scale))))
         sequences, tables = [], iter(self.tables)
         for spec, value in zip(self.specs, matched(self.specs, condition), strict=True):
             if spec.kind == "tokens":
@@ -145,9 +141,7 @@ class Embedding(nnx.Module):
         return nnx.silu(out), sequences
 
 
-def matched(
-    specs: tuple[Condition, ...], condition: Any
-) -> list[Int[Array, ""] | Float[Array, "..."]]:
+def matched(specs: tuple[Condition, ...], condition: Any) -> list[Int[Array, ""] | Float[Array, "..."]]:
     """The values of a condition in the order of `specs`, nulls filled in, shapes checked."""
     if condition is None:
         values = [None] * len(specs)
@@ -225,9 +219,7 @@ class Attention(nnx.Module):
         self.key_value = nnx.Linear(context or size, 2 * size, **options)
         self.out = nnx.Linear(size, size, **(options | ZERO if zero else options))
 
-    def __call__(
-        self, x: Float[Array, "n d"], context: Float[Array, "m c"] | None = None
-    ) -> Float[Array, "n d"]:
+    def __call__(self, x: Float[Array, "n d"], context: Float[Array, "m c"] | None = None) -> Float[Array, "n d"]:
         query = self.query(x)
         key, value = jnp.split(self.key_value(x if context is None else context), 2, -1)
         split = [part.reshape(part.shape[0], self.heads, -1) for part in (query, key, value)]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from numpy.typing import DTypeLike
 
 from diffjax.networks import layers
-from diffjax.networks.functional import described
+from diffjax.networks.functional import Time, described
 
 
 class Block(nnx.Module):
@@ -85,13 +85,10 @@ class MLP(nnx.Module):
         self.blocks = nnx.List(Block(width, **options) for _ in range(depth))
         self.out = nnx.Linear(width, output or size, **(options | layers.ZERO))
 
-    def __call__(
-        self, x: Float[Array, " size"], t: Float[Array, ""] | float, condition: Any = None
-    ) -> Float[Array, " out"]:
+    def __call__(self, x: Float[Array, "..."], t: Time, condition: Any = None) -> Float[Array, " out"]:
         if x.shape != (self.size,):
             raise ValueError(
-                f"x must be one vector of shape ({self.size},) (batches go through jax.vmap), "
-                f"got shape {x.shape}"
+                f"x must be one vector of shape ({self.size},) (batches go through jax.vmap), got shape {x.shape}"
             )
         embedding, _ = self.embed(jnp.asarray(t), condition)
         h = self.stem(x.astype(self.dtype))

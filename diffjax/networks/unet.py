@@ -21,28 +21,22 @@ from jaxtyping import Array, Float
 from numpy.typing import DTypeLike
 
 from diffjax.networks import layers
-from diffjax.networks.functional import described
+from diffjax.networks.functional import Time, described
 
 
 class Block(nnx.Module):
     """Residual block (H, W, c_in) -> (H, W, c_out) with adaptive group norm and attention."""
 
-    def __init__(
-        self, size: tuple[int, int], embedding: int, heads: int | None, groups: int, **options: Any
-    ):
+    def __init__(self, size: tuple[int, int], embedding: int, heads: int | None, groups: int, **options: Any):
         c_in, c_out = size
         self.groups = groups
         self.first = nnx.Conv(c_in, c_out, (3, 3), **options)
         self.modulate = nnx.Linear(embedding, 2 * c_out, **options)
         self.second = nnx.Conv(c_out, c_out, (3, 3), **(options | layers.ZERO))
         self.skip = None if c_in == c_out else nnx.Linear(c_in, c_out, **options)
-        self.attention = (
-            None if heads is None else layers.Attention(c_out, heads, zero=True, **options)
-        )
+        self.attention = None if heads is None else layers.Attention(c_out, heads, zero=True, **options)
 
-    def __call__(
-        self, x: Float[Array, "h w a"], embedding: Float[Array, " e"]
-    ) -> Float[Array, "h w b"]:
+    def __call__(self, x: Float[Array, "h w a"], embedding: Float[Array, " e"]) -> Float[Array, "h w b"]:
         scale, shift = jnp.split(self.modulate(embedding), 2)
         h = self.first(nnx.silu(layers.group_norm(x, self.groups)))
         h = layers.group_norm(h, self.groups) * (1 + scale) + shift
@@ -119,9 +113,7 @@ class UNet(nnx.Module):
         def block(c_in: int, level: int, attend: int | None) -> Block:
             return Block((c_in, channels[level]), embedding, attend, groups, **options)
 
-        self.embed = layers.Embedding(
-            embedding, specs, features=2 * channels[0], time_scale=time_scale, **options
-        )
+        self.embed = layers.Embedding(embedding, specs, features=2 * channels[0], time_scale=time_scale, **options)
         self.stem = nnx.Conv(shape[2], channels[0], (3, 3), **options)
         down, shrink, up, grow = [], [], [], []
         for level, width in enumerate(channels):
@@ -137,9 +129,7 @@ class UNet(nnx.Module):
         self.middle = nnx.List(block(channels[last], last, attend) for attend in (heads, None))
         self.out = nnx.Conv(channels[0], output or shape[2], (3, 3), **(options | layers.ZERO))
 
-    def __call__(
-        self, x: Float[Array, "h w c"], t: Float[Array, ""] | float, condition: Any = None
-    ) -> Float[Array, "h w out"]:
+    def __call__(self, x: Float[Array, "..."], t: Time, condition: Any = None) -> Float[Array, "h w out"]:
         factor = 2 ** (len(self.channels) - 1)
         if x.ndim != 3 or x.shape[2] != self.shape[2] or x.shape[0] % factor or x.shape[1] % factor:
             raise ValueError(
@@ -165,13 +155,13 @@ class UNet(nnx.Module):
         return self.out(nnx.silu(layers.group_norm(h, self.groups))).astype(jnp.float32)
 
 
-def _fold(x: Float[Array, "h w c"]) -> Float[Array, "h/2 w/2 4*c"]:
+def _fold(x: Float[Array, "h w c"]) -> Float[Array, "h//2 w//2 4*c"]:
     height, width, channels = x.shape
     split = x.reshape(height // 2, 2, width // 2, 2, channels)
     return split.transpose(0, 2, 1, 3, 4).reshape(height // 2, width // 2, 4 * channels)
 
 
-def _unfold(x: Float[Array, "h w 4*c"]) -> Float[Array, "2*h 2*w c"]:
+def _unfold(x: Float[Array, "h w c4"]) -> Float[Array, "2*h 2*w c4//4"]:
     height, width, channels = x.shape
     split = x.reshape(height, width, 2, 2, channels // 4).transpose(0, 2, 1, 3, 4)
     return split.reshape(2 * height, 2 * width, channels // 4)
@@ -193,9 +183,7 @@ def _validate(
         raise ValueError("channels must name at least one resolution, got ()")
     factor = 2 ** (len(channels) - 1)
     if shape[0] % factor or shape[1] % factor:
-        raise ValueError(
-            f"shape={shape} must divide by {factor} in H and W for {len(channels)} resolutions"
-        )
+        raise ValueError(f"shape={shape} must divide by {factor} in H and W for {len(channels)} resolutions")
     for width in channels:
         layers.divides("groups", groups, "channels", width)
     heights = [shape[0] >> level for level in range(len(channels))]
