@@ -94,7 +94,8 @@ def save(
     if path.exists():
         _remove(path)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        arrays = {part: ocp.args.StandardSave(tree) for part, tree in trees.items()}
+        # Plain gradient descent, for one, has no state to save.
+        arrays = {part: ocp.args.StandardSave(tree) for part, tree in trees.items() if tree}
         writer.save(path, ocp.args.Composite(record=ocp.args.JsonSave(record), **arrays))
     if jax.process_index() == 0:
         for old in steps(folder)[:-keep]:
@@ -172,10 +173,13 @@ def _newest(folder: Folder, step: int | None, read: Any) -> Any:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    missing = [name for name in ("record", *PARTS) if not (path / name).is_dir()]
+    if not (path / "record").is_dir():
+        raise _Damaged(f"checkpoint {path} is damaged: it lacks its record")
+    record = _read(path, "record", ocp.args.JsonRestore())
+    missing = [part for part, arrays in record["arrays"].items() if arrays and not (path / part).is_dir()]
     if missing:
         raise _Damaged(f"checkpoint {path} is damaged: it lacks {missing}")
-    return _read(path, "record", ocp.args.JsonRestore())
+    return record
 
 
 def _restore(path: Path, record: dict[str, Any], like: TrainState) -> Restored:

@@ -25,7 +25,7 @@ class Warmed:
         return jnp.minimum(self.limit, (1.0 + step) / (10.0 + step))
 
 
-def warmed(limit: float = 0.999) -> Warmed:
+def warmed(limit: float | int = 0.999) -> Warmed:
     """The decay `min(limit, (1 + k) / (10 + k))`: the random initial parameters are soon forgotten.
 
     Raises:
@@ -43,7 +43,7 @@ class Constant:
         return jnp.full_like(jnp.asarray(step, jnp.float32), self.limit)
 
 
-def constant(limit: float = 0.999) -> Constant:
+def constant(limit: float | int = 0.999) -> Constant:
     """The same decay at every step.
 
     Raises:
@@ -57,7 +57,7 @@ def update(average: PyTree, params: PyTree, decay: Any) -> PyTree:
     return jax.tree.map(lambda a, p: (a + (1 - decay) * (p - a)).astype(a.dtype), average, params)
 
 
-def _checked(limit: float) -> float:
+def _checked(limit: Any) -> Any:
     if not 0 <= limit < 1:
         raise ValueError(f"limit must be at least 0 and less than 1, got {limit}")
     return limit

@@ -39,7 +39,7 @@ class Uniform:
         return process.level(process.end * (self.low + (self.high - self.low) * u))
 
 
-def uniform(low: float = 0.0, high: float = 1.0) -> Uniform:
+def uniform(low: float | int = 0.0, high: float | int = 1.0) -> Uniform:
     """Times uniform between `low` and `high`, in units of the process's end.
 
     Raises:
@@ -60,7 +60,7 @@ class LogitNormal:
         return process.level(process.end * jax.nn.sigmoid(_normal(self, u)))
 
 
-def logit_normal(mean: float = 0.0, std: float = 1.0) -> LogitNormal:
+def logit_normal(mean: float | int = 0.0, std: float | int = 1.0) -> LogitNormal:
     """Times t with logit(t / end) normal: most training in the middle of the path.
 
     "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", arXiv:2403.03206,
@@ -81,7 +81,7 @@ class LogNormal:
         return process.level(jnp.clip(level.time, 0.0, process.end))
 
 
-def log_normal(mean: float = -1.2, std: float = 1.2) -> LogNormal:
+def log_normal(mean: float | int = -1.2, std: float | int = 1.2) -> LogNormal:
     """Noise levels with log(sigma / alpha) normal, cut off at the ends of the process.
 
     "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv:2206.00364, table 1.
@@ -93,7 +93,7 @@ def _normal(law: Any, u: Any) -> Any:
     return law.mean + law.std * jax.scipy.special.ndtri(u)
 
 
-def _positive(name: str, number: float) -> float:
+def _positive(name: str, number: Any) -> Any:
     if not number > 0:
         raise ValueError(f"{name} must be positive, got {number}")
     return number
@@ -163,7 +163,7 @@ def denoising(
     *,
     law: Law | None = None,
     weighting: Weighting = unweighted,
-    dropout: float = 0.0,
+    dropout: float | int = 0.0,
     null: PyTree = None,
     stratified: bool = True,
 ) -> Denoising:

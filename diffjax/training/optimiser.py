@@ -7,15 +7,15 @@ import optax
 
 
 def adam(
-    learning_rate: float = 1e-3,
+    learning_rate: float | int = 1e-3,
     *,
     warmup: int = 100,
     steps: int | None = None,
-    final: float = 0.0,
-    clip: float | None = 1.0,
-    weight_decay: float = 0.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
+    final: float | int = 0.0,
+    clip: float | int | None = 1.0,
+    weight_decay: float | int = 0.0,
+    b1: float | int = 0.9,
+    b2: float | int = 0.999,
 ) -> optax.GradientTransformation:
     """Adam (AdamW with a weight decay) on gradients clipped to a global norm.
 

@@ -72,7 +72,7 @@ def update(
         changes, memory = optimiser.update(gradient, state.optimiser, state.params)
         params = optax.apply_updates(state.params, changes)
         average = averages.update(state.ema, params, ema(state.step))
-        metrics = Metrics(value, optax.global_norm(gradient))
+        metrics = Metrics(value, optax.tree.norm(gradient))
         return TrainState(params, average, memory, state.step + 1, state.key), metrics
 
     return step
