@@ -1,4 +1,4 @@
-"""Compile time of a sampler must not grow with the number of steps: 10 against 1000. `python -m benchmarks.compiling`."""
+"""Compile time must not grow with the number of steps: 10 against 1000. `python -m benchmarks.compiling`."""
 
 from __future__ import annotations
 
