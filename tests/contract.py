@@ -41,14 +41,14 @@ class Case(NamedTuple):
     build: Callable[[], Solver]
 
 
-def found() -> Iterator[Case]:
+def found(modified: bool = True) -> Iterator[Case]:
     """Every public solver with its defaults and variants, and every public modifier around a few."""
     for name in solvers.__all__:
         factory = getattr(solvers, name)
         for settings in [{}, *variants(name, factory)]:
             shown = ", ".join(f"{k}={v}" for k, v in settings.items())
             yield Case(f"{name}({shown})", functools.partial(factory, **settings))
-    for name in modifiers.__all__:
+    for name in modifiers.__all__ if modified else ():
         modifier = functools.partial(getattr(modifiers, name), **MODIFIED.get(name, {}))
         for base in BASES:
             yield Case(f"{name}({base()!r})", lambda modifier=modifier, base=base: modifier(base()))
