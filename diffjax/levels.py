@@ -353,7 +353,12 @@ def restarts(grid: Grid) -> Array:
     )
 
 
-# --- solvers and samples ------------------------------------------------------------------------------------------
+# --- denoisers, solvers and samples ------------------------------------------------------------------------------------------
+
+
+def remembers(denoise: Any) -> bool:
+    """Whether a denoiser is the pair ``init(x) -> memory``, ``apply(x, level, memory) -> (x0, memory)``."""
+    return hasattr(denoise, "init") and hasattr(denoise, "apply") and not callable(denoise)
 
 
 class Info(NamedTuple):

@@ -25,6 +25,7 @@ from diffjax.levels import (
     Tree,
     is_traced,
     joins,
+    remembers,
     static,
     value,
 )
@@ -51,7 +52,7 @@ def sample(
     final_denoise: bool = False,
     progress: bool = False,
     remat: bool = False,
-    noise: Callable[[Array, Array, Tree, int], tuple[Tree, ...]] | None = None,
+    noise: Callable[[Array, Array, Row, Tree, int], tuple[Tree, ...]] | None = None,
 ) -> Sample:
     """Draw one sample by running ``solver`` along ``grid``; batches come from `jax.vmap` over keys.
 
@@ -72,7 +73,9 @@ def sample(
         final_denoise: replace the result by the clean estimate there: for grids that end at sigma > 0; one call.
         progress: a progress bar that ticks once a row, also under vmap.
         remat: recompute each row in the backward pass, so that gradients keep one state a row.
-        noise: ``(key, row index, x, draws) -> draws standard normal trees``; default `normal_noise`.
+        noise: ``(key, row index, row, x, draws) -> draws standard normal trees``, best a pytree; default independent
+            draws for every row. `diffjax.noises` has others: a Brownian path that grids of different lengths share,
+            stored noise.
 
     Returns a `Sample`.  Denoiser calls: ``solver.calls`` a row.
 
@@ -92,6 +95,8 @@ def sample(
     if start is not None:
         grid = grid[_first_step(grid, start) :]
     rows = solver.plan(grid)
+    if hasattr(noise, "check"):
+        noise.check(solver, rows)  # pyright: ignore[reportOptionalMemberAccess]
     entry = jax.tree.map(lambda leaf: leaf[0], rows.t)
     if hasattr(denoise, "check"):
         denoise.check(rows.t)
@@ -106,12 +111,12 @@ def sample(
         x = _noised(prior_key, x, *join)
     kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).dtype
     rows = jax.tree.map(lambda leaf: (jnp.asarray if is_traced(leaf) else np.asarray)(leaf, kind), rows)
-    options = Options(save, every, final_denoise, progress, remat, normal_noise if noise is None else noise)
-    if not _is_value(denoise):
-        if is_traced(key, x, rows):  # a closure may hold tracers of the caller, which must not enter a cache
-            return _run(noise_key, x, Function(denoise), solver, rows, options)
-        denoise = Function(denoise)
-    return _compiled(noise_key, x, denoise, solver, rows, options)
+    options = Options(save, every, final_denoise, progress, remat)
+    plain = not (_is_value(denoise) and (noise is None or _is_value(noise)))
+    denoise, noise = (f if f is None or _is_value(f) else Function(f) for f in (denoise, noise))
+    # a closure may hold tracers of the caller, which must not enter a cache
+    run = _run if plain and is_traced(key, x, rows) else _compiled
+    return run(noise_key, x, denoise, solver, rows, noise, options)
 
 
 class Options(NamedTuple):
@@ -122,7 +127,6 @@ class Options(NamedTuple):
     final_denoise: bool
     progress: bool
     remat: bool
-    noise: Callable
 
 
 @value
@@ -131,8 +135,8 @@ class Function:
 
     function: Callable = static()
 
-    def __call__(self, x: Tree, level: Level) -> Tree:
-        return self.function(x, level)
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
 
 
 class Carry(NamedTuple):
@@ -166,11 +170,6 @@ class Counter:
         return x0
 
 
-def remembers(denoise: Any) -> bool:
-    """Whether a denoiser is the pair ``init(x)``, ``apply(x, level, memory)``."""
-    return hasattr(denoise, "init") and hasattr(denoise, "apply") and not callable(denoise)
-
-
 def normal_noise(key: Array, index: Array, x: Tree, draws: int) -> tuple[Tree, ...]:
     """Standard normal trees shaped like ``x`` that depend on the key and the row's index alone."""
     key = jax.random.fold_in(key, index)
@@ -181,7 +180,7 @@ def normal_noise(key: Array, index: Array, x: Tree, draws: int) -> tuple[Tree, .
     return tuple(structure.unflatten(normals[i : i + len(leaves)]) for i in range(0, count, len(leaves)))
 
 
-def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, options: Options) -> Sample:
+def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, noise: Any, options: Options) -> Sample:
     count = rows.t.time.shape[0]
     slots = -(-count // options.every)
     zero = jnp.zeros((), jnp.int32)
@@ -196,15 +195,17 @@ def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, options: 
     )
 
     indices = jnp.arange(count, dtype=jnp.int32)
-    early = solver.draws and options.noise is normal_noise and count * solver.draws * _size(x) <= _EARLY
+    early = solver.draws and noise is None and count * solver.draws * _size(x) <= _EARLY
     drawn = jax.vmap(lambda index: normal_noise(key, index, x, solver.draws))(indices) if early else None
 
     def body(carry: Carry, indexed: tuple[Array, Row, Tree]) -> tuple[Carry, None]:
-        index, row, noise = indexed
+        index, row, draws = indexed
         counter = Counter(denoise, carry.denoiser, carry.nfe)
-        if noise is None:
-            noise = options.noise(key, index, carry.x, solver.draws) if solver.draws else ()
-        x, memory, info = solver.step(noise, counter, carry.x, carry.solver, row)
+        if draws is None and noise is None:
+            draws = normal_noise(key, index, carry.x, solver.draws) if solver.draws else ()
+        elif draws is None:
+            draws = noise(key, index, row, carry.x, solver.draws) if solver.draws else ()
+        x, memory, info = solver.step(draws, counter, carry.x, carry.solver, row)
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x)]).all()
         failed_at = jnp.where((carry.failed_at < 0) & ~finite, index, carry.failed_at)
         slot = index // options.every  # overwritten until the last row of its group
