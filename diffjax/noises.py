@@ -56,7 +56,9 @@ class Brownian:
         if np.ndim(rows.t.half_log_snr) != 1:
             raise ValueError(f"brownian noise needs one level a row, got levels of shape {rows.t.alpha.shape[1:]}.")
         if not is_traced(rows) and np.any(rows.t.half_log_snr[1:] < rows.s.half_log_snr[:-1] - 1e-9):
-            raise ValueError(f"brownian noise needs rows that only go towards the data, which those of {solver!r} do not.")
+            raise ValueError(
+                f"brownian noise needs rows that only go towards the data, which those of {solver!r} do not."
+            )
 
     def __call__(self, key: Array, index: Array, row: Row, x: Tree, draws: int) -> tuple[Tree, ...]:
         del index
@@ -70,7 +72,9 @@ class Brownian:
         std = jnp.sqrt(jnp.where(kept > 0, -jnp.expm1(-2 * self.rate * (high - low)), 1.0))
         still = std == 0
         before, after = self.path(key, low, x), self.path(key, high, x)
-        return jax.tree.map(lambda a, b: jnp.where(still, 0.0, (b - kept * a) / jnp.where(still, 1.0, std)), before, after)
+        return jax.tree.map(
+            lambda a, b: jnp.where(still, 0.0, (b - kept * a) / jnp.where(still, 1.0, std)), before, after
+        )
 
     def path(self, key: Array, half_log_snr: Array, x: Tree) -> Tree:
         """V at a half-log-SNR within +-24, shaped like ``x``."""
@@ -104,7 +108,14 @@ class Brownian:
         start = (key, jnp.zeros((), jnp.uint32), left, right, -_REACH + 0.0 * where)
         key, index, left, right, a = jax.lax.fori_loop(0, self.depth, halve, start)
         width = 2 * _REACH * 0.5**self.depth
-        return self._between(jax.random.fold_in(jax.random.fold_in(key, self.depth), index), left, right, where - a, a + width - where, draw)
+        return self._between(
+            jax.random.fold_in(jax.random.fold_in(key, self.depth), index),
+            left,
+            right,
+            where - a,
+            a + width - where,
+            draw,
+        )
 
     def _between(self, key: Array, left: Array, right: Array, before: Array, after: Array, draw: Any) -> Array:
         """The bridge inside the last cell."""

@@ -57,8 +57,14 @@ def ratio_to_time(ratio):
 
 
 def test_kind_of_prediction():
-    make = lambda kind: diffjax.interop.diffusers({"_class_name": "DDIMScheduler", "prediction_type": kind}, 4).prediction
-    assert [repr(make(kind).target) for kind in ("epsilon", "sample", "v_prediction")] == ["noise()", "data()", "velocity()"]
+    make = lambda kind: (
+        diffjax.interop.diffusers({"_class_name": "DDIMScheduler", "prediction_type": kind}, 4).prediction
+    )
+    assert [repr(make(kind).target) for kind in ("epsilon", "sample", "v_prediction")] == [
+        "noise()",
+        "data()",
+        "velocity()",
+    ]
     flow = diffjax.interop.diffusers({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 4).prediction
     assert repr(flow.target) == "flow()"
 

@@ -69,9 +69,11 @@ def test_grids_of_any_length_share_the_path(x64):
         dtype=jnp.float64, noise=brownian(),
     ).x  # fmt: skip
     np.testing.assert_allclose(at(20), at(40), rtol=1e-9)
-    independent = lambda steps: diffjax.sample(
-        jax.random.key(5), point, solver, diffjax.grids.times(process, np.linspace(1.0, 0.2, steps + 1)), (2,)
-    ).x
+    independent = lambda steps: (
+        diffjax.sample(
+            jax.random.key(5), point, solver, diffjax.grids.times(process, np.linspace(1.0, 0.2, steps + 1)), (2,)
+        ).x
+    )
     assert np.abs(independent(20) - independent(40)).max() > 0.01
 
 

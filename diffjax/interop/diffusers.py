@@ -234,7 +234,9 @@ def _multistep_flow(fields: dict, steps: int, mu: float | None) -> Setting:
         sigmas = _shift(1 - np.linspace(1.0, 1 / count, steps + 1), shift)[::-1][:-1]
     last = sigmas[-1] if fields["final_sigmas_type"] == "sigma_min" and "shift_terminal" in fields else 0.0
     if fields["final_sigmas_type"] == "sigma_min" and "shift_terminal" not in fields:
-        raise ValueError("use_flow_sigmas with final_sigmas_type 'sigma_min' is not supported: it ends at a table's level.")
+        raise ValueError(
+            "use_flow_sigmas with final_sigmas_type 'sigma_min' is not supported: it ends at a table's level."
+        )
     return _flow_setting(count, sigmas, np.trunc(sigmas * count) / count, last)
 
 
