@@ -79,6 +79,27 @@ def _short(leaf: Any) -> str:
     return getattr(leaf, "__name__", None) or repr(leaf)
 
 
+@value
+class Function:
+    """A plain function as a value, compared by identity."""
+
+    function: Callable = static()
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+def as_value(function: Any) -> Any:
+    """``function`` itself if it is a pytree of its own (or None), else wrapped as a `Function`."""
+    return Function(function) if jax.tree_util.all_leaves([function]) else function
+
+
+def has_functions(*trees: Tree) -> bool:
+    """Whether a plain function is somewhere inside."""
+    leaves = jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, Function))
+    return any(isinstance(leaf, Function) for leaf in leaves)
+
+
 # --- arrays: float64 NumPy where everything is concrete, JAX where anything is traced ------------------------------
 
 

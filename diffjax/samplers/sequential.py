@@ -23,11 +23,11 @@ from diffjax.levels import (
     Saved,
     Solver,
     Tree,
+    as_value,
+    has_functions,
     is_traced,
     joins,
     remembers,
-    static,
-    value,
 )
 from diffjax.modifiers.gaps import renoised
 from diffjax.samplers.progress import tick
@@ -39,7 +39,7 @@ _EARLY = 1024
 
 def sample(
     key: Array,
-    denoise: Callable[[Tree, Level], Tree],
+    denoise: Any,
     solver: Solver,
     grid: Grid,
     shape: tuple[int, ...] | None = None,
@@ -112,10 +112,9 @@ def sample(
     kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).dtype
     rows = jax.tree.map(lambda leaf: (jnp.asarray if is_traced(leaf) else np.asarray)(leaf, kind), rows)
     options = Options(save, every, final_denoise, progress, remat)
-    plain = not (_is_value(denoise) and (noise is None or _is_value(noise)))
-    denoise, noise = (f if f is None or _is_value(f) else Function(f) for f in (denoise, noise))
+    denoise, noise = as_value(denoise), as_value(noise)
     # a closure may hold tracers of the caller, which must not enter a cache
-    run = _run if plain and is_traced(key, x, rows) else _compiled
+    run = _run if has_functions(denoise, noise) and is_traced(key, x, rows) else _compiled
     return run(noise_key, x, denoise, solver, rows, noise, options)
 
 
@@ -127,16 +126,6 @@ class Options(NamedTuple):
     final_denoise: bool
     progress: bool
     remat: bool
-
-
-@value
-class Function:
-    """A plain function as a value, compared by identity."""
-
-    function: Callable = static()
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.function(*arguments)
 
 
 class Carry(NamedTuple):
@@ -280,10 +269,6 @@ def _first_step(grid: Grid, start: Array) -> int:
     if not np.any(below):
         raise ValueError(f"start must be at or above the time of some step of the grid {grid.t.time!r}, got {start!r}.")
     return int(np.argmax(below))
-
-
-def _is_value(denoise: Any) -> bool:
-    return not jax.tree_util.treedef_is_leaf(jax.tree.structure(denoise))
 
 
 def _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every) -> None:
