@@ -7,7 +7,7 @@ See docs/design.md for the vocabulary and README.md for the first steps.
 
 from diffjax import grids, guidance, interop, modifiers, noises, oracles, predictions, processes, solvers
 from diffjax.levels import Grid, Info, Level, Process, Row, Sample, Solver
-from diffjax.samplers import sample, sample_many
+from diffjax.samplers import adaptive, sample, sample_many
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "Row",
     "Sample",
     "Solver",
+    "adaptive",
     "grids",
     "guidance",
     "interop",

@@ -436,7 +436,8 @@ class Sample(NamedTuple):
     """The result of every sampler, for one sample.
 
     ``nfe`` network evaluations (classifier-free guidance counts two a call), ``rounds`` sequential network calls,
-    ``failed_at`` the first row that left a non-finite state, or -1.
+    ``failed_at`` the first row that left a non-finite state, or -1; ``accepted`` and ``rejected`` steps where steps are
+    chosen while sampling.
     """
 
     x: Tree
@@ -444,3 +445,5 @@ class Sample(NamedTuple):
     rounds: Array
     failed_at: Array
     saved: Saved
+    accepted: Array | None = None
+    rejected: Array | None = None
