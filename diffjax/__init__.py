@@ -7,7 +7,8 @@ See docs/design.md for the vocabulary and README.md for the first steps.
 
 from diffjax import grids, guidance, interop, modifiers, noises, oracles, predictions, processes, solvers
 from diffjax.levels import Grid, Info, Level, Process, Row, Sample, Solver
-from diffjax.samplers import adaptive, sample, sample_many
+from diffjax.samplers import adaptive, adjoint, sample, sample_many
+from diffjax.suggest import suggest
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "Sample",
     "Solver",
     "adaptive",
+    "adjoint",
     "grids",
     "guidance",
     "interop",
@@ -31,4 +33,5 @@ __all__ = [
     "sample",
     "sample_many",
     "solvers",
+    "suggest",
 ]

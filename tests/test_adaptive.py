@@ -38,7 +38,9 @@ def test_the_pairs_are_what_they_are_called(x64):
     row = lambda solver: jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), solver.plan(grid))
     for pair in (solvers.dpm_pair(2), solvers.heun_pair()):  # first order inside both is DDIM
         out, _, info = pair.step((), MIXTURE, x, (), row(pair))
-        np.testing.assert_allclose(out - info.error, solvers.ddim().step((), MIXTURE, x, (), row(solvers.ddim()))[0], rtol=1e-9)
+        np.testing.assert_allclose(
+            out - info.error, solvers.ddim().step((), MIXTURE, x, (), row(solvers.ddim()))[0], rtol=1e-9
+        )
     # DPM-Solver-2 as in its paper, algorithm 1
     pair = solvers.dpm_pair(2)
     t, s = (jax.tree.map(lambda leaf: leaf[1], level) for level in (grid.t, grid.s))
@@ -99,7 +101,14 @@ def test_every_sample_has_its_own_steps(x64):
 def test_a_rejected_step_changes_nothing(x64):
     # the first step is far too long: it is rejected, and the result is as good
     run = lambda tol, first: diffjax.adaptive(
-        KEY, MIXTURE, solvers.dpm_pair(2), processes.edm(), x=80 * jnp.asarray(START), rtol=tol, atol=tol, first_step=first
+        KEY,
+        MIXTURE,
+        solvers.dpm_pair(2),
+        processes.edm(),
+        x=80 * jnp.asarray(START),
+        rtol=tol,
+        atol=tol,
+        first_step=first,
     )
     long, fine = run(1e-4, 12.0), run(1e-5, 0.05)
     assert long.rejected >= 2
@@ -184,7 +193,9 @@ def test_gotta_go_fast_adapts(x64):
     process = processes.vp()
     data = oracles.mixture([0.3, 0.7], [[-1.0], [1.0]], np.array([0.02, 0.05]))
     keys = jax.random.split(KEY, 400)
-    truth = np.sort(np.asarray(jax.vmap(lambda k: data.sample(k, dtype=jnp.float64))(jax.random.split(KEY, 40000)))[:, 0])
+    truth = np.sort(
+        np.asarray(jax.vmap(lambda k: data.sample(k, dtype=jnp.float64))(jax.random.split(KEY, 40000)))[:, 0]
+    )
     quantiles = np.quantile(truth, (np.arange(400) + 0.5) / 400)
     distance = lambda x: np.abs(np.sort(np.asarray(x)[:, 0]) - quantiles).mean()
 

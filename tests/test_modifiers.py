@@ -38,7 +38,9 @@ def test_clipping_and_dynamic_thresholding_against_their_definitions():
     found = modifiers.thresholded(given, 0.9)(x, level)
     np.testing.assert_allclose(found, np.clip(x0, -s, s) / s, rtol=1e-5)
     assert np.abs(found).max() <= 1 + 1e-6
-    np.testing.assert_allclose(modifiers.thresholded(given, 0.9, bound=2.0)(x, level), np.clip(x0, -s, s) * 2 / s, rtol=1e-5)
+    np.testing.assert_allclose(
+        modifiers.thresholded(given, 0.9, bound=2.0)(x, level), np.clip(x0, -s, s) * 2 / s, rtol=1e-5
+    )
     np.testing.assert_allclose(modifiers.thresholded(given, 0.9, maximum=1.5)(x, level), np.clip(x0, -1.5, 1.5) / 1.5,
                                rtol=1e-5)  # fmt: skip
     small = lambda x, level: jnp.asarray(0.1 * x0 / np.abs(x0).max())
@@ -78,7 +80,9 @@ def test_epsilon_scaling_divides_the_noise_estimate():
     for time in (0.05, 0.5, 1.0):
         level = _level(process, time)
         eps = lambda denoise: (x - level.alpha * denoise(x, level)) / level.sigma
-        np.testing.assert_allclose(eps(modifiers.epsilon_scaled(MIXTURE, 1.25)), eps(MIXTURE) / 1.25, rtol=2e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            eps(modifiers.epsilon_scaled(MIXTURE, 1.25)), eps(MIXTURE) / 1.25, rtol=2e-4, atol=1e-5
+        )
         scaled = modifiers.epsilon_scaled(MIXTURE, 1.0, slope=0.1)
         np.testing.assert_allclose(eps(scaled), eps(MIXTURE) / (1 + 0.1 * time), rtol=2e-4, atol=1e-5)
         np.testing.assert_array_equal(modifiers.epsilon_scaled(MIXTURE, 1.0)(x, level), MIXTURE(x, level))
@@ -142,7 +146,9 @@ def test_analytic_start_does_not_call_the_network():
         return 0.5 * x
 
     grid = grids.uniform(processes.flow(), 4)
-    jax.vmap(lambda x: _run(modifiers.analytic_start(network, grid, 2), solvers.ddim(), grid, x).x)(jnp.stack([jnp.asarray(START)] * 3))
+    jax.vmap(lambda x: _run(modifiers.analytic_start(network, grid, 2), solvers.ddim(), grid, x).x)(
+        jnp.stack([jnp.asarray(START)] * 3)
+    )
     jax.effects_barrier()
     assert max(calls) == 0.5
 
@@ -297,9 +303,7 @@ def test_langevin_corrector_with_snr_is_that_of_score_sde():
     expected = inner.step((), data, corrected, (), row)[0]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     # the ratio of drift and noise is what it is called
-    np.testing.assert_allclose(
-        np.linalg.norm(size * score) / np.linalg.norm(np.sqrt(2 * size) * z), 0.16, rtol=1e-4
-    )
+    np.testing.assert_allclose(np.linalg.norm(size * score) / np.linalg.norm(np.sqrt(2 * size) * z), 0.16, rtol=1e-4)
 
 
 def test_langevin_runs_from_pure_noise_to_the_data_and_counts():

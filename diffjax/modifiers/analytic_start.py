@@ -20,7 +20,7 @@ def analytic_start(denoise: Any, grid: Grid, steps: int = 1, prior: Any = None) 
     ``x0 = alpha x / (alpha^2 + sigma^2)``.  Levels at or above that of step ``steps`` are its; later stages of that
     step are the network's.  Saves a denoiser call each, which is not made, also under vmap.
 
-    GENIE: Higher-Order Denoising Diffusion Solvers, arXiv:2210.05475, section 3.1; Fast ODE-based Sampling for
+    GENIE: Higher-Order Denoising Diffusion Solvers, arXiv:2210.05475; Fast ODE-based Sampling for
     Diffusion Models in Around 5 Steps, arXiv:2312.00094.
 
     Raises ValueError for a denoiser that remembers, levels per frame, or unless 0 <= steps <= the grid's number.

@@ -19,7 +19,7 @@ def epsilon_scaled(denoise: Any, scale: Array = 1.005, slope: Array = 0.0) -> Pl
     much noise; ``lambda >= 1``, mostly a constant a little above 1, takes some of it back.  In terms of the clean
     estimate, ``x0 <- x0 / lambda + (1 - 1 / lambda) x / alpha``; where alpha = 0 there is nothing to change.
 
-    Elucidating the Exposure Bias in Diffusion Models, arXiv:2308.15321, equation 14.
+    Elucidating the Exposure Bias in Diffusion Models, arXiv:2308.15321.
 
     Raises ValueError unless scale > 0 and slope is finite.
     """
@@ -50,7 +50,7 @@ def variance_gap(states: Tree, level: Level, variance: Array) -> Array:
     by ``vmap`` of ``sample(..., save="states").saved`` and ``variance`` that of the data's entries (a number, or of
     the shape of a sample).  Positive where the network is fed noisier states than in training.
 
-    Elucidating the Exposure Bias in Diffusion Models, arXiv:2308.15321, section 3.4.
+    Elucidating the Exposure Bias in Diffusion Models, arXiv:2308.15321.
     """
 
     def leaf(x: Array) -> Array:

@@ -24,8 +24,7 @@ def time_shifted(
     entries within a sample the unbiased one (useless where the process keeps that variance).  window = 0 is the base.
     No further denoiser calls.
 
-    Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps, arXiv:2305.15583,
-    algorithm 3.
+    Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps, arXiv:2305.15583.
 
     Raises ValueError for a denoiser that remembers, or unless window >= 0, points is a positive odd integer and
     variance >= 0.

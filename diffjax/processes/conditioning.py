@@ -36,7 +36,7 @@ def shared_time(process: Process, boundary: Array = 100.0, intervals: int = 5) -
     noise prediction grows without bound.  The noise levels stay.  The defaults are the paper's for tables of 1000
     entries; give ``boundary`` in the network's unit of time.
 
-    Eliminating Lipschitz Singularities in Diffusion Models, arXiv:2306.11251, equation 8.
+    Eliminating Lipschitz Singularities in Diffusion Models, arXiv:2306.11251.
 
     Raises ValueError unless boundary > 0 and intervals is a positive integer.
     """

@@ -1,7 +1,8 @@
 """Samplers: the drivers that own the loop."""
 
 from diffjax.samplers.adaptive import adaptive
+from diffjax.samplers.adjoint import adjoint
 from diffjax.samplers.many import sample_many
 from diffjax.samplers.sequential import sample
 
-__all__ = ["adaptive", "sample", "sample_many"]
+__all__ = ["adaptive", "adjoint", "sample", "sample_many"]

@@ -204,7 +204,9 @@ def _attempt(key, denoise, solver, process, stop, control, noise, carry: Carry) 
     accept = finite & (error <= 1)
     order = solver.order
     safe = jnp.maximum(jnp.where(finite, error, 1.0), 1e-8)
-    factor = safe ** (-(control.integral + control.proportional) / order) * carry.error ** (control.proportional / order)
+    factor = safe ** (-(control.integral + control.proportional) / order) * carry.error ** (
+        control.proportional / order
+    )
     factor = jnp.clip(control.safety * factor, 0.1, 10.0)
     factor = jnp.where(finite, jnp.where(accept, factor, jnp.minimum(factor, 0.9)), 0.1)
     size = h * factor

@@ -156,7 +156,8 @@ class RungeKuttaPair:
         step = noise * xp.expm1(-rise(t, s))
         levels = tuple(ends.by_ratio(c) for c in nodes)
         stages = tuple(
-            stack(ratio(m.alpha, t.alpha), *(m.alpha * step * a for a in row)) for m, row in zip(levels, rows, strict=True)
+            stack(ratio(m.alpha, t.alpha), *(m.alpha * step * a for a in row))
+            for m, row in zip(levels, rows, strict=True)
         )
         out = [ratio(s.alpha, t.alpha), *(s.alpha * step * b for b in weights)]
         error = [0.0 * step, *(s.alpha * step * (b - c) for b, c in zip(weights, lower, strict=True))]
@@ -185,9 +186,7 @@ class _Ends:
         return self.grid.t.alpha.ndim - self.grid.t.time.ndim
 
     def _at(self, half_log_snr: Array) -> Level:
-        level = self.grid.process.level(
-            half_log_snr=half_log_snr.reshape(self.t.time.shape), trailing=self._trailing
-        )
+        level = self.grid.process.level(half_log_snr=half_log_snr.reshape(self.t.time.shape), trailing=self._trailing)
         return level._replace(half_log_snr=half_log_snr)
 
     def by_half_log_snr(self, fraction: float) -> Level:
