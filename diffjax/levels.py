@@ -374,7 +374,7 @@ def restarts(grid: Grid) -> Array:
     )
 
 
-# --- denoisers, solvers and samples ------------------------------------------------------------------------------------------
+# --- denoisers, solvers and samples -------------------------------------------------------------------------------
 
 
 def remembers(denoise: Any) -> bool:
@@ -436,7 +436,7 @@ class Sample(NamedTuple):
     """The result of every sampler, for one sample.
 
     ``nfe`` network evaluations (classifier-free guidance counts two a call), ``rounds`` sequential network calls,
-    ``failed_at`` the first row that left a non-finite state, or -1; ``accepted`` and ``rejected`` steps where steps are
+    ``failed_at`` the first row that left a non-finite state, or -1; ``accepted`` and ``rejected`` steps where they are
     chosen while sampling.
     """
 

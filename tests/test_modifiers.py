@@ -1,7 +1,5 @@
 """Modifiers of solvers and of denoisers."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 
 import diffjax
 from diffjax import grids, modifiers, oracles, processes, solvers
-from diffjax.levels import Level
 
 KEY = jax.random.key(0)
 MIXTURE = oracles.mixture([0.4, 0.6], [[-1.0, 0.3], [1.2, -0.5]], [[0.1, 0.3], [0.05, 0.2]])
@@ -79,7 +76,7 @@ def test_epsilon_scaling_divides_the_noise_estimate():
     x = jnp.asarray(START)
     for time in (0.05, 0.5, 1.0):
         level = _level(process, time)
-        eps = lambda denoise: (x - level.alpha * denoise(x, level)) / level.sigma
+        eps = lambda denoise, level=level: (x - level.alpha * denoise(x, level)) / level.sigma
         np.testing.assert_allclose(
             eps(modifiers.epsilon_scaled(MIXTURE, 1.25)), eps(MIXTURE) / 1.25, rtol=2e-4, atol=1e-5
         )

@@ -15,7 +15,7 @@ COUNT = 20000
 def _rows(half_log_snr):
     points = np.asarray(half_log_snr, np.float64)
     level = diffjax.Level(-points, np.ones_like(points), np.exp(-points), points)
-    t, s = (jax.tree.map(lambda leaf: leaf[part], level) for part in (slice(None, -1), slice(1, None)))
+    t, s = (diffjax.Level(*(leaf[part] for leaf in level)) for part in (slice(-1), slice(1, None)))
     return Row(t, s, None)
 
 
@@ -24,7 +24,7 @@ def _increments(key, half_log_snr, rate=1.0, count=COUNT):
     rows, x = _rows(half_log_snr), jnp.zeros(count)
     noise = brownian(rate)
     return np.stack([
-        noise(key, 0, jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), rows), x, 1)[0]
+        noise(key, 0, jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), rows), x, 1)[0]
         for i in range(len(half_log_snr) - 1)
     ])  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_stored_noise_is_used(x64):
     out = diffjax.sample(jax.random.key(0), denoise, solver, grid, x=np.full((), 0.5), noise=stored((given,)))
     x, rows = 0.5, solver.plan(grid)
     for i in range(6):
-        level = jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), rows.t)
+        level = jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), rows.t)
         a, b, c = (column[i] for column in rows.coefficients.out)
         x = a * x + b * denoise(jnp.asarray(x), level) + c * given[i]
     np.testing.assert_allclose(out.x, x, rtol=1e-12)

@@ -279,7 +279,7 @@ def _edm(fields: dict, steps: int, mu: float | None) -> Setting:
 
 
 def _from_ratios(process: Process, fields: dict, index: Array, ratios: Array) -> Setting:
-    """Levels of a table at given sigma / alpha; the network is told ``index``, and the last level belongs to no call."""
+    """Levels of a table at given sigma / alpha; the network is told ``index``, and nothing at the last level."""
     vanishing = np.isinf(ratios)
     finite = np.where(vanishing, 1.0, ratios)
     alpha = np.where(vanishing, 0.0, 1 / np.hypot(1.0, finite))

@@ -13,7 +13,7 @@ from diffjax.levels import Array, Grid, Info, Level, Row, Solver, Tree, is_trace
 
 
 def langevin(solver: Solver, steps: int = 1, snr: Array = 0.16, size: Array | None = None) -> Langevin:
-    """Predictor-corrector sampling: before each step of ``solver``, ``steps`` corrections at its level,
+    """Predictor-corrector sampling: before each step of ``solver``, ``steps`` corrections at its level.
 
         x <- x + e score + sqrt(2 e) z,    score = (alpha x0 - x) / sigma^2.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-
 from diffjax.levels import Array, Process, namespace, static, value
 from diffjax.processes.checks import positive
 

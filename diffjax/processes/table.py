@@ -123,7 +123,7 @@ class Table:
 
     def alpha_rate(self, time):
         xp, log_alpha, slope = self._parts(time)
-        # alpha is linear in a vanishing interval: its rate is the same at the end, where the slope of its log is infinite
+        # alpha is linear in a vanishing interval: its rate is finite at the end, where the slope of its log is not
         logs = arrays(time, self.log_alpha)[2]
         last = logs.shape[0] - 1
         end = xp.isinf(slope)

@@ -4,7 +4,7 @@ With x' the result of a step, e its error estimate, and x_ the last lower order 
 
     E = RMS( e / max(atol, rtol max(|x' - e|, |x_|)) ) <= 1,
 
-and the next step in half-log-SNR is ``h safety E^(-(integral + proportional) / order) E_before^(proportional / order)``.
+and the next step is ``h safety E^(-(integral + proportional) / order) E_before^(proportional / order)``.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def adaptive(
         first_step: in half-log-SNR.
         safety, integral, proportional: of the controller; proportional = 0 is the elementary one.
         max_steps: attempts at most.
-        differentiable: a scan over ``max_steps`` attempts, each recomputed in the backward pass, instead of a loop that
-            ends: gradients go through the accepted steps, with their sizes held fixed.
-        noise: for stochastic solvers, default `diffjax.noises.brownian()`: a rejected step is tried again along the same
-            path, so that rejection does not bias the law.
+        differentiable: a scan over ``max_steps`` attempts, each recomputed in the backward pass, in the place of a loop
+            that ends: gradients go through the accepted steps, with their sizes held fixed.
+        noise: for stochastic solvers, default `diffjax.noises.brownian()`: a rejected step is tried again along the
+            same path, so that rejection does not bias the law.
 
-    Returns a `Sample` with ``accepted`` and ``rejected``; ``failed_at`` is the attempt at which steps became too small to
-    go on or ``max_steps`` were used up, or -1.  A non-finite attempt is rejected.
+    Returns a `Sample` with ``accepted`` and ``rejected``; ``failed_at`` is the attempt at which steps became too small
+    to go on or ``max_steps`` were used up, or -1.  A non-finite attempt is rejected.
 
     DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps, arXiv:2206.00927,
     appendix C; Gotta Go Fast When Generating Data with Score-Based Models, arXiv:2105.14080, algorithm 1.

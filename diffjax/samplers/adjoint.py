@@ -1,7 +1,7 @@
 """Gradients of samples by the continuous adjoint, integrated with exponential methods, in constant memory.
 
-In ``y = x / alpha`` over ``rho = sigma / alpha`` the flow is ``dy / d rho = eps``, and the adjoint a of y and the gradient
-with respect to anything theta in the denoiser obey
+In ``y = x / alpha`` over ``rho = sigma / alpha`` the flow is ``dy / d rho = eps``, and the adjoint a of y and the
+gradient with respect to anything theta in the denoiser obey
 
     d a / d rho = -(d eps / d y)^T a,        d g / d rho = -(d eps / d theta)^T a,
 
@@ -62,9 +62,10 @@ def adjoint(
 
         a_t = alpha_s / alpha_t a_s + sigma_t (alpha_s / alpha_t)^2 (e^h - 1) (d eps / dx)^T a_s
 
-    in the noise form, with twice the second term for the reverse SDE; order 2 extrapolates from the step before.  The gradient is that of
-    the exact flow (or path) up to an error of that order in the grid's steps, as is that of `sample` through its scan,
-    with which it therefore agrees to that order; it costs one vector-Jacobian product a step and stores one state.
+    in the noise form, with twice the second term for the reverse SDE; order 2 extrapolates from the step before.  The
+    gradient is that of the exact flow (or path) up to an error of that order in the grid's steps, as is that of
+    `sample` through its scan, with which it therefore agrees to that order; it costs one vector-Jacobian product a
+    step and stores one state.
 
     Args:
         key, denoise, grid, shape, x, dtype, noise: as in `sample`.
@@ -78,8 +79,8 @@ def adjoint(
 
     AdjointDEIS: Efficient Gradients for Diffusion Models, arXiv:2405.15020.
 
-    Raises ValueError for a denoiser that remembers, a grid with gaps or away from the data, another order or prediction,
-    or a solver that does not fit.
+    Raises ValueError for a denoiser that remembers, a grid with gaps or away from the data, another order or
+    prediction, or a solver that does not fit.
     """
     order = (1 if solver.draws else 2) if order is None else order
     prediction = ("noise" if solver.draws else "data") if prediction is None else prediction

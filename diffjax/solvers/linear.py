@@ -6,9 +6,10 @@ velocity or any other linear variable.  With S stages, H remembered readings and
     x_j = A_j . (x, v_1, ..., v_{j-1}, h_1, ..., h_H, z_1, ..., z_Z)        for the stages j = 2 .. S, with x_1 = x
     x'  = B   . (x, v_1, ..., v_S,     h_1, ..., h_H, z_1, ..., z_Z)
 
-and, for an embedded pair, error = E . (the same).  After the step v_1 becomes h_1.  A *method* is whatever fills the coefficients in: a value with ``table(grid)``, written
-once for NumPy in float64 and for traced grids.  Euler, DDIM, ancestral sampling, exponential multistep and Runge-Kutta
-methods, deterministic or stochastic, differ in nothing but their numbers.
+and, for an embedded pair, error = E . (the same).  After the step v_1 becomes h_1.  A *method* is whatever fills the
+coefficients in: a value with ``table(grid)``, written once for NumPy in float64 and for traced grids.  Euler, DDIM,
+ancestral sampling, exponential multistep and Runge-Kutta methods, deterministic or stochastic, differ in nothing but
+their numbers.
 """
 
 from __future__ import annotations
