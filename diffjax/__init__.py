@@ -7,7 +7,7 @@ See docs/design.md for the vocabulary and README.md for the first steps.
 
 from diffjax import grids, guidance, interop, modifiers, noises, oracles, predictions, processes, solvers
 from diffjax.levels import Grid, Info, Level, Process, Row, Sample, Solver
-from diffjax.samplers import adaptive, adjoint, sample, sample_many
+from diffjax.samplers import adaptive, adjoint, parallel, sample, sample_many
 from diffjax.suggest import suggest
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "modifiers",
     "noises",
     "oracles",
+    "parallel",
     "predictions",
     "processes",
     "sample",

@@ -1,430 +1,194 @@
-"""Modifiers of solvers and of denoisers."""
+"""Noise between steps: churn as in EDM's algorithm 2, gaps that keep the marginal, and their composition."""
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import diffjax
-from diffjax import grids, modifiers, oracles, processes, solvers
+from diffjax import grids, modifiers, oracles, processes, sample, solvers
+from tests import contract
+from tests.contract import GAUSSIAN, MIXTURE, STARTS, at, length, run
 
-KEY = jax.random.key(0)
-MIXTURE = oracles.mixture([0.4, 0.6], [[-1.0, 0.3], [1.2, -0.5]], [[0.1, 0.3], [0.05, 0.2]])
-SOLVERS = [solvers.ddim(), solvers.ddim(0.7), solvers.dpmpp(), solvers.heun(), solvers.euler_maruyama()]
-START = np.array([0.9, -1.4])
+EDM = processes.edm()
 
 
-def _level(process, time):
-    return jax.tree.map(jnp.asarray, process.level(np.float64(time)))
+def draws(i, like=STARTS, count=2):
+    return tuple(np.random.default_rng((i, k)).normal(size=like.shape) for k in range(count))
 
 
-def _run(denoise, solver, grid, x=START, key=KEY, **options):
-    return diffjax.sample(key, denoise, solver, grid, x=jnp.asarray(x), **options)
-
-
-# --- thresholding -------------------------------------------------------------------------------------------------
-
-
-def test_clipping_and_dynamic_thresholding_against_their_definitions():
-    level = _level(processes.cosine(), 0.4)
-    x0 = np.random.default_rng(0).normal(size=(8, 8)) * 3
-    given = lambda x, level: jnp.asarray(x0)
-    x = jnp.zeros((8, 8))
-    np.testing.assert_allclose(modifiers.clipped(given, -0.5, 2.0)(x, level), np.clip(x0, -0.5, 2.0), rtol=1e-6)
-    s = np.quantile(np.abs(x0), 0.9)
-    found = modifiers.thresholded(given, 0.9)(x, level)
-    np.testing.assert_allclose(found, np.clip(x0, -s, s) / s, rtol=1e-5)
-    assert np.abs(found).max() <= 1 + 1e-6
-    np.testing.assert_allclose(
-        modifiers.thresholded(given, 0.9, bound=2.0)(x, level), np.clip(x0, -s, s) * 2 / s, rtol=1e-5
-    )
-    np.testing.assert_allclose(modifiers.thresholded(given, 0.9, maximum=1.5)(x, level), np.clip(x0, -1.5, 1.5) / 1.5,
-                               rtol=1e-5)  # fmt: skip
-    small = lambda x, level: jnp.asarray(0.1 * x0 / np.abs(x0).max())
-    np.testing.assert_array_equal(modifiers.thresholded(small)(x, level), small(x, level))
-
-
-@pytest.mark.paper("DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models")
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-def test_thresholding_keeps_strong_guidance_in_range(solver):
-    process = processes.cosine()
-
-    @diffjax.levels.value
-    class Conditional:
-        condition: jax.Array
-
-        def __call__(self, x, level):  # class means +-0.6 of data in [-1, 1]; class 2 is both
-            means, variances = jnp.asarray([0.6, -0.6, 0.0])[self.condition], jnp.asarray([0.01, 0.01, 0.37])
-            v = variances[self.condition]
-            return means + level.alpha * v / (level.alpha**2 * v + level.sigma**2) * (x - level.alpha * means)
-
-    guided = diffjax.guidance.classifier_free(Conditional(jnp.asarray(0)), null=2, scale=30.0)
-    grid = grids.uniform(process, 12, start=0.99)
-    x = jax.random.normal(KEY, (16,))
-    plain = _run(guided, solver, grid, x).x
-    held = _run(modifiers.thresholded(guided), solver, grid, x).x
-    assert np.all(np.isfinite(held)) and np.abs(held).max() <= 1 + 1e-5
-    assert np.abs(plain).max() > 1.2
-
-
-# --- epsilon scaling ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.paper("Elucidating the Exposure Bias in Diffusion Models")
-def test_epsilon_scaling_divides_the_noise_estimate():
-    process = processes.vp()
-    x = jnp.asarray(START)
-    for time in (0.05, 0.5, 1.0):
-        level = _level(process, time)
-        eps = lambda denoise, level=level: (x - level.alpha * denoise(x, level)) / level.sigma
-        np.testing.assert_allclose(
-            eps(modifiers.epsilon_scaled(MIXTURE, 1.25)), eps(MIXTURE) / 1.25, rtol=2e-4, atol=1e-5
-        )
-        scaled = modifiers.epsilon_scaled(MIXTURE, 1.0, slope=0.1)
-        np.testing.assert_allclose(eps(scaled), eps(MIXTURE) / (1 + 0.1 * time), rtol=2e-4, atol=1e-5)
-        np.testing.assert_array_equal(modifiers.epsilon_scaled(MIXTURE, 1.0)(x, level), MIXTURE(x, level))
-    start = _level(processes.flow(), 1.0)
-    assert np.all(np.isfinite(modifiers.epsilon_scaled(MIXTURE, 1.1)(x, start)))
-
-
-@pytest.mark.paper("Elucidating the Exposure Bias in Diffusion Models")
-def test_epsilon_scaling_shrinks_the_variance_gap_of_a_wrong_network(x64):
-    process, data = processes.edm(20.0), oracles.gaussian(0.0, 0.5)
-    grid = grids.karras(process, 100, sigma_min=0.05)
-
-    def network(x, level):  # too much noise, by 1 to 3 per cent
-        excess = 0.02 + 0.01 * jnp.sin(3 * level.half_log_snr)
-        return data(x, level) - excess * (x - data(x, level))
-
-    def gap(denoise):  # everything is linear: two states one standard deviation from 0 have the variance of all
-        std = np.sqrt(20.0**2 + 0.5)
-        draw = lambda x: diffjax.sample(KEY, denoise, solvers.dpmpp(), grid, x=x, save="states", every=25).saved
-        saved = jax.vmap(draw)(jnp.asarray([std, -std]))
-        level = jax.tree.map(lambda leaf: leaf[0], saved.states_level)
-        return np.asarray(modifiers.variance_gap(saved.states, level, 0.5))
-
-    exact, wrong = gap(data), gap(network)
-    assert exact.shape == (5,) and abs(exact[0]) < 1e-9
-    np.testing.assert_allclose(exact[-1], 0.0, atol=5e-3)
-    gaps = {scale: abs(gap(modifiers.epsilon_scaled(network, scale))[-1]) for scale in (1.0, 1.01, 1.02, 1.03)}
-    assert gaps[1.0] == abs(wrong[-1]) and gaps[1.0] > 0.03
-    assert min(gaps, key=gaps.get) == 1.02 and gaps[1.02] < 0.2 * gaps[1.0], gaps
-
-
-# --- analytic start -------------------------------------------------------------------------------------------------
-
-
-def test_analytic_start_saves_calls_and_is_exact_for_gaussian_data():
-    grid = grids.karras(processes.edm(), 8)
-    data = oracles.gaussian(np.array([0.5, -0.2]), np.array([[0.6, 0.2], [0.2, 0.3]]))
-    for solver in (solvers.ddim(), solvers.heun(), solvers.dpmpp()):
-        base = _run(data, solver, grid, 80 * START)
-        early = _run(modifiers.analytic_start(data, grid, 2, prior=data), solver, grid, 80 * START)
-        np.testing.assert_allclose(early.x, base.x, rtol=1e-6)
-        # heun calls the second level of step 1 at the start of step 2, which is early, too
-        saved = {"heun()": 3}.get(repr(solver), 2)
-        assert base.nfe - early.nfe == saved
-    none = _run(modifiers.analytic_start(MIXTURE, grid, 0), solvers.ddim(), grid, 80 * START)
-    np.testing.assert_array_equal(none.x, _run(MIXTURE, solvers.ddim(), grid, 80 * START).x)
-    # far from the data the mixture's posterior mean is nearly that of a Gaussian
-    afs = _run(modifiers.analytic_start(MIXTURE, grid), solvers.ddim(), grid, 80 * START)
-    np.testing.assert_allclose(afs.x, none.x, atol=0.1)
-    batch = jax.vmap(lambda x: _run(modifiers.analytic_start(MIXTURE, grid), solvers.ddim(), grid, x).nfe)(
-        jnp.asarray([START, -START])
-    )
-    np.testing.assert_array_equal(batch, 7)
-
-
-def test_analytic_start_does_not_call_the_network():
-    calls = []
-
-    def network(x, level):
-        jax.debug.callback(lambda t: calls.append(float(t)), level.time)
-        return 0.5 * x
-
-    grid = grids.uniform(processes.flow(), 4)
-    jax.vmap(lambda x: _run(modifiers.analytic_start(network, grid, 2), solvers.ddim(), grid, x).x)(
-        jnp.stack([jnp.asarray(START)] * 3)
-    )
-    jax.effects_barrier()
-    assert max(calls) == 0.5
-
-
-# --- time shift -----------------------------------------------------------------------------------------------------
-
-
-def _white(size=256, variance=0.25):
-    return oracles.gaussian(np.zeros(size), variance)
-
-
-@pytest.mark.paper("Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps")
-@pytest.mark.parametrize("solver", [solvers.ddim(), solvers.heun(), solvers.dpmpp()], ids=repr)
-def test_time_shift_without_a_window_is_the_base(solver):
-    process, data = processes.ddpm(), _white()
-    grid = grids.table(process, 10)
-    x = jax.random.normal(KEY, (256,))
-    base = _run(data, solver, grid, x)
-    same = _run(modifiers.time_shifted(data, process, window=0.0), solver, grid, x)
-    np.testing.assert_allclose(base.x, same.x, rtol=1e-5)
-    assert same.nfe == base.nfe
-    late = _run(modifiers.time_shifted(data, process, 100.0, cutoff=2000.0), solver, grid, x)
-    np.testing.assert_allclose(base.x, late.x, rtol=1e-5)
-
-
-@pytest.mark.paper("Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps")
-def test_time_shift_asks_at_the_level_of_the_variance():
-    process = processes.ddpm()
-    shifted = modifiers.time_shifted(_white(), process, window=40.0, points=41)
-    x = np.random.default_rng(1).normal(size=256)
-    for time, target in ((500.0, 512.0), (500.0, 488.0), (500.0, 700.0), (500.0, 100.0)):
-        sigma = process.level(np.float64(target)).sigma
-        state = jnp.asarray(x / x.std(ddof=1) * sigma)
-        found = shifted.level(state, _level(process, time)).time
-        assert abs(found - np.clip(target, 480, 520)) <= 1.0, (time, target, found)
-    # the estimate keeps the noise that the network saw there
-    level, near = _level(process, 500.0), shifted.level(state, _level(process, 500.0))
-    eps = lambda x0, level: (state - level.alpha * x0) / level.sigma
-    np.testing.assert_allclose(
-        eps(shifted(state, level), level), eps(_white()(state, near), near), rtol=1e-4, atol=1e-5
-    )
-
-
-@pytest.mark.paper("Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps")
-def test_time_shift_lowers_the_error_of_a_sampler_with_exposure_bias(x64):
-    # a network that removes too little noise at first: its later states have too large a variance
-    process, data = processes.vp(), _white(variance=0.8)
-    grid = grids.uniform(process, 30, stop=1e-3)
-
-    def network(x, level):
-        eps = jnp.where(level.time > 0.5, 0.95, 1.0) * (x - level.alpha * data(x, level)) / level.sigma
-        return (x - level.sigma * eps) / level.alpha
-
-    x = jax.random.normal(KEY, (256,), jnp.float64)
-    error = lambda denoise: abs(float(jnp.var(_run(denoise, solvers.ddim(), grid, x).x)) - 0.8)
-    shifted = modifiers.time_shifted(network, process, window=0.1, points=101, variance=0.8)
-    assert error(network) > 0.2
-    assert error(shifted) < 0.5 * error(network)
-
-
-# --- dualfast -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.paper("DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models")
-@pytest.mark.parametrize("solver", [solvers.ddim(), solvers.heun(), solvers.dpmpp()], ids=repr)
-def test_dualfast_without_strength_is_the_base(solver):
-    grid = grids.log_snr(processes.vp(), 8)
-    base, same = (_run(d, solver, grid) for d in (MIXTURE, modifiers.dualfast(MIXTURE, 0.0)))
-    np.testing.assert_allclose(base.x, same.x, rtol=1e-5)
-    assert same.nfe == base.nfe
-
-
-@pytest.mark.paper("DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models")
-@pytest.mark.parametrize("reference", ["first", "previous"])
-def test_dualfast_extrapolates_the_noise(reference, x64):
-    process = processes.vp()
-    grid = grids.uniform(process, 6, stop=0.01)
-    out = _run(modifiers.dualfast(MIXTURE, 0.3, reference), solvers.ddim(), grid, START)
-    x, earlier = jnp.asarray(START), None
-    for i in range(6):
-        t, s = (jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), level) for level in (grid.t, grid.s))
-        eps = (x - t.alpha * MIXTURE(x, t)) / t.sigma
-        earlier = eps if earlier is None else earlier
-        c = 0.3 * t.time / grid.t.time[0]
-        used = (1 + c) * eps - c * earlier
-        x = s.alpha * (x - t.sigma * used) / t.alpha + s.sigma * used
-        earlier = eps if reference == "previous" else earlier
-    np.testing.assert_allclose(out.x, x, rtol=1e-9)
-
-
-@pytest.mark.paper("DualFast: Dual-Speedup Framework for Fast Sampling of Diffusion Models")
-def test_dualfast_lowers_the_error_of_a_network_that_regresses_to_the_mean(x64):
-    # approximation error that grows as the noise falls, and the discretisation error of 8 steps
-    process = processes.vp()
-    mean = jnp.asarray([0.32, -0.18])
-
-    def network(x, level):
-        share = 0.1 * (1 - level.time)
-        return (1 - share) * MIXTURE(x, level) + share * mean
-
-    x = jax.vmap(lambda k: jax.random.normal(k, (2,), jnp.float64))(jax.random.split(KEY, 128))
-    run = lambda denoise, n: jax.vmap(lambda x: _run(denoise, solvers.dpmpp(), grids.log_snr(process, n), x).x)(x)
-    truth = run(MIXTURE, 200)
-    error = lambda denoise, n: float(jnp.sqrt(jnp.mean((run(denoise, n) - truth) ** 2)))
-    discretisation, approximation, total = error(MIXTURE, 8), error(network, 200), error(network, 8)
-    assert min(discretisation, approximation) > 0.05 and total > discretisation
-    for reference in ("first", "previous"):
-        assert error(modifiers.dualfast(network, 0.8, reference), 8) < 0.92 * total
-
-
-# --- langevin -------------------------------------------------------------------------------------------------------
-
-
-def test_langevin_corrector_with_fixed_size_has_the_exact_law(x64):
-    # variance c of N(0, c0)-data's score: c' = (1 - e / c0)^2 c + 2 e, then the inner step
-    process, data = processes.vp(), oracles.gaussian(0.0, 0.3)
-    grid = grids.uniform(process, 3, start=0.8, stop=0.2)
-    solver = modifiers.langevin(solvers.ddim(), steps=2, size=0.05)
+@pytest.mark.parametrize("churn", [3.0, 30.0])
+def test_algorithm_2(churn):
+    """Heun with churn is algorithm 2 of the paper, written out with its own symbols."""
+    low, high, inflation, n = 0.05, 50.0, 1.007, 9
+    grid = grids.karras(EDM, n, sigma_max=60.0)
+    solver = modifiers.churned(solvers.heun(), churn, low, high, inflation)
     rows = solver.plan(grid)
-    row = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), rows)
-    assert solver.calls == 3 and solver.draws == 2
-    take = lambda x, *noise: solver.step(noise, data, x, solver.init(x), row)[0]
-    a, b0, b1 = jax.grad(take, argnums=(0, 1, 2))(0.3, 0.1, -0.2)
-    t, s = row.t, row.s
-    c_t, c_s = (level.alpha**2 * 0.3 + level.sigma**2 for level in (t, s))
-    e = 0.05 * t.sigma**2
-    gain = s.sigma / t.sigma + (s.alpha - t.alpha * s.sigma / t.sigma) * t.alpha * 0.3 / c_t
-    np.testing.assert_allclose(a, gain * (1 - e / c_t) ** 2, rtol=1e-10)
-    np.testing.assert_allclose(b0, gain * (1 - e / c_t) * np.sqrt(2 * e), rtol=1e-10)
-    np.testing.assert_allclose(b1, gain * np.sqrt(2 * e), rtol=1e-10)
-    # from a wrong variance many corrections lead to that of the level
-    c = 5.0
-    for _ in range(2000):
-        c = (1 - e / c_t) ** 2 * c + 2 * e
-    np.testing.assert_allclose(c, c_t / (1 - e / (2 * c_t)), rtol=1e-6)
-    assert c_s > 0
+    normals = [draws(i, count=1)[0] for i in range(n + 1)]
 
+    levels = [*grid.t.sigma, 0.0]
+    gammas = [min(churn / n, 2**0.5 - 1) if low <= sigma <= high else 0.0 for sigma in levels[:-1]]
+    assert 0 < sum(g == 0 for g in gammas) < n
+    denoised = lambda x, sigma: MIXTURE(x, EDM.level(sigma))
+    x = STARTS * levels[0]
+    for i in range(n):
+        t, s = levels[i], levels[i + 1]
+        raised = t + gammas[i] * t
+        noisy = x + np.sqrt(raised**2 - t**2) * inflation * normals[i]
+        slope = (noisy - denoised(noisy, raised)) / raised
+        x = noisy + (s - raised) * slope
+        if s != 0:
+            x = noisy + (s - raised) * 0.5 * (slope + (x - denoised(x, s)) / s)
+        np.testing.assert_allclose(rows.t.sigma[i], raised, rtol=1e-10)
 
-def test_langevin_corrector_with_snr_is_that_of_score_sde():
-    process = processes.ve()
-    solver = modifiers.langevin(solvers.ddim(), snr=0.16)
-    grid = grids.uniform(process, 4)
-    row = jax.tree.map(lambda leaf: jnp.asarray(leaf[1], jnp.float32), solver.plan(grid))
-    rng = np.random.default_rng(0)
-    x, z = (jnp.asarray(rng.normal(size=(4, 4)), jnp.float32) for _ in range(2))
-    data = oracles.gaussian(np.zeros((4, 4)), 0.2)
-    found = solver.step((z,), data, x, (), row)[0]
-    score = np.asarray(data.score(x, row.t))
-    size = (0.16 * np.linalg.norm(z) / np.linalg.norm(score)) ** 2 * 2
-    corrected = x + size * score + np.sqrt(2 * size) * z
-    inner = solvers.ddim()
-    expected = inner.step((), data, corrected, (), row)[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    # the ratio of drift and noise is what it is called
-    np.testing.assert_allclose(np.linalg.norm(size * score) / np.linalg.norm(np.sqrt(2 * size) * z), 0.16, rtol=1e-4)
-
-
-def test_langevin_runs_from_pure_noise_to_the_data_and_counts():
-    grid = grids.uniform(processes.flow(), 5)
-    out = diffjax.sample(KEY, MIXTURE, modifiers.langevin(solvers.heun(), steps=3), grid, (2,))
-    assert np.all(np.isfinite(out.x)) and out.nfe == 5 * 5
-    gapped = grids.time_travel(grid, 2, 2)
-    assert np.all(np.isfinite(diffjax.sample(KEY, MIXTURE, modifiers.langevin(solvers.ddim()), gapped, (2,)).x))
-
-
-# --- doubling -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("solver", [solvers.ddim(), solvers.heun(), solvers.midpoint()], ids=repr)
-def test_doubling_estimates_the_error_and_extrapolation_gains_an_order(solver, x64):
-    process = processes.vp()
-    exact = oracles.gaussian(np.array([0.5, -0.2]), np.array([0.6, 0.05]))
-
-    def local(h, extrapolate=False):
-        ends = process.level(half_log_snr=np.array([0.2, 0.2 + h])).time
-        doubled = modifiers.doubled(solver, extrapolate)
-        row = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), doubled.plan(grids.times(process, ends)))
-        x = jnp.asarray(START)
-        out, _, info = doubled.step((), exact, x, doubled.init(x), row)
-        return np.abs(out - exact.flow(x, row.t, row.s)).max(), np.abs(info.error).max()
-
-    errors, estimates = zip(*(local(h) for h in (0.08, 0.02)), strict=True)
-    np.testing.assert_allclose(np.divide(estimates, errors), 1.0, atol=0.1)
-    better = [local(h, True)[0] for h in (0.08, 0.02)]
-    np.testing.assert_allclose(np.log2(errors[0] / errors[1]) / 2, solver.order + 1, atol=0.2)
-    assert np.log2(better[0] / better[1]) / 2 > solver.order + 1.65
-    grid = grids.uniform(process, 6)
-    out = _run(exact, modifiers.doubled(solver), grid)
-    assert np.all(np.isfinite(out.x)) and out.nfe == 6 * 3 * solver.calls
-
-
-# --- time-condition sharing -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.paper("Eliminating Lipschitz Singularities in Diffusion Models")
-def test_shared_times_are_piecewise_constant_below_the_boundary_only():
-    process = processes.shared_time(processes.ddpm(), boundary=100.0, intervals=5)
-    told = lambda k: process.network_time(process.level(np.asarray(k) + 1.0))
-    np.testing.assert_array_equal(told([0.0, 7.0, 19.9, 20.0, 59.0, 99.9]), [0, 0, 0, 20, 40, 80])
-    np.testing.assert_array_equal(told([100.0, 101.0, 999.0]), [100, 101, 999])
-    a, b = process.level(np.arange(1.0, 1001.0)), processes.ddpm().level(np.arange(1.0, 1001.0))
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(x, y)
-    assert float(jax.grad(lambda t: process.network_time(process.level(t)))(30.0)) == 0.0
-
-
-@pytest.mark.paper("Eliminating Lipschitz Singularities in Diffusion Models")
-def test_shared_times_remove_the_singularity_of_the_noise_estimate(x64):
-    # the exact noise estimate has a derivative in time that grows without bound near 0; a network that is told shared
-    # times has none, in training (the same prediction object) and in sampling
-    process = processes.vp()
-    data = oracles.gaussian(0.0, 1.0)
-
-    def network(params, x, t, condition):
-        level = process.level(jnp.maximum(t, 1e-8))
-        return (x - level.alpha * data(x, level)) / level.sigma
-
-    def slope(process, time):
-        predict = diffjax.predictions.noise(process)
-        eps = lambda t: predict.network(network, (), jnp.asarray(1.0), process.level(t))
-        return abs(float(jax.grad(eps)(time)))
-
-    shared = processes.shared_time(process, boundary=0.1, intervals=5)
-    plain = [slope(process, t) for t in (5e-4, 5e-6, 5e-8)]
-    assert plain[1] > 3 * plain[0] and plain[2] > 3 * plain[1]
-    assert [slope(shared, t) for t in (5e-4, 5e-6, 5e-8)] == [0.0, 0.0, 0.0]
-    assert slope(shared, 0.3) == slope(process, 0.3) > 0
-
-
-# --- all together ---------------------------------------------------------------------------------------------------
-
-
-def test_transformations_compose_forward_what_they_wrap_and_recompile_nothing():
-    process = processes.vp()
-    prediction = diffjax.predictions.velocity(process)
-    network = lambda params, x, t, condition: params * x + condition
-    denoise = prediction.decode(network, jnp.asarray(0.1), condition=jnp.asarray(0.2))
-    guided = diffjax.guidance.classifier_free(denoise, null=0.0, scale=2.0)
-    grid = grids.uniform(process, 5)
-    wrapped = modifiers.thresholded(modifiers.epsilon_scaled(guided, 1.01))
-    assert _run(wrapped, solvers.heun(), grid).nfe == 2 * 10
-    np.testing.assert_allclose(wrapped.condition, 0.2)
-    dual = modifiers.clipped(modifiers.dualfast(guided))
-    assert _run(dual, solvers.ddim(), grid).nfe == 2 * 5
-    with pytest.raises(ValueError, match="does not determine"):
-        noise = diffjax.predictions.noise(processes.flow()).decode(network, 0.1, condition=0.0)
-        _run(modifiers.clipped(noise), solvers.ddim(), grids.uniform(processes.flow(), 3))
-    from diffjax.samplers import sequential
-
-    before = sequential._compiled._cache_size()
-    _run(modifiers.thresholded(modifiers.epsilon_scaled(guided, 1.07), 0.9), solvers.heun(), grid)
-    assert sequential._compiled._cache_size() == before
-    scale = jax.grad(lambda c: _run(modifiers.epsilon_scaled(denoise, c), solvers.ddim(), grid).x.sum())(1.01)
-    assert np.isfinite(scale) and scale != 0
+    # the noise of a step is added at the end of the row before it: row i holds the draw of step i + 1
+    assert gammas[0] == 0.0
+    found = run(solver, MIXTURE, STARTS * levels[0], rows, lambda i: (normals[i + 1],))[-1]
+    np.testing.assert_allclose(found, x, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(
-    "call",
-    [
-        lambda: modifiers.clipped(MIXTURE, 1.0, 1.0),
-        lambda: modifiers.thresholded(MIXTURE, 0.0),
-        lambda: modifiers.thresholded(MIXTURE, 0.9, bound=2.0, maximum=1.0),
-        lambda: modifiers.epsilon_scaled(MIXTURE, 0.0),
-        lambda: modifiers.analytic_start(MIXTURE, grids.uniform(processes.vp(), 3), 4),
-        lambda: modifiers.analytic_start(modifiers.dualfast(MIXTURE), grids.uniform(processes.vp(), 3)),
-        lambda: modifiers.time_shifted(MIXTURE, processes.vp(), -1.0),
-        lambda: modifiers.time_shifted(MIXTURE, processes.vp(), 0.1, points=4),
-        lambda: modifiers.dualfast(MIXTURE, -0.1),
-        lambda: modifiers.dualfast(MIXTURE, reference="last"),
-        lambda: modifiers.dualfast(modifiers.dualfast(MIXTURE)),
-        lambda: modifiers.langevin(solvers.ddim(), steps=0),
-        lambda: modifiers.langevin(solvers.ddim(), snr=-1.0),
-        lambda: modifiers.doubled(solvers.ddim(0.5)),
-        lambda: modifiers.doubled(solvers.dpmpp()).plan(grids.uniform(processes.vp(), 3)),
-        lambda: processes.shared_time(processes.vp(), 0.0),
-        lambda: processes.shared_time(processes.vp(), 0.1, 0),
-        lambda: processes.scaled_time(processes.vp(), 0.0),
-    ],
+    "base", [solvers.heun, solvers.dpmpp, lambda: solvers.ddim(1.0)], ids=["heun", "dpmpp", "ddim"]
 )
-def test_refusals(call):
-    with pytest.raises(ValueError):
-        call()
+def test_no_churn_is_the_base_solver(base):
+    """Without churn, or outside its interval, levels and states are those of the base solver bit for bit."""
+    rows = base().plan(contract.rough(7))
+    noise = lambda i: draws(i, count=base().draws)
+    expected = run(base(), MIXTURE, STARTS, rows, noise)[-1]
+    for solver in (
+        modifiers.churned(base(), 0.0),
+        modifiers.churned(base(), 40.0, 1e5, 1e6),
+        modifiers.renoised(base()),
+    ):
+        changed = solver.plan(contract.rough(7))
+        for a, b in zip(jax.tree.leaves((changed.t, changed.s)), jax.tree.leaves((rows.t, rows.s)), strict=True):
+            np.testing.assert_array_equal(a, b)
+        wide = lambda i: (np.ones_like(STARTS), *noise(i))
+        np.testing.assert_allclose(run(solver, MIXTURE, STARTS, changed, wide)[-1], expected, rtol=1e-13)
+
+
+def test_churn_stays_in_the_process():
+    """A level beyond the noisy end is lowered to it; the level of pure noise and the data are left alone."""
+    for process in (processes.flow(), processes.vp(), EDM):
+        rows = modifiers.churned(solvers.euler(), 1e3).plan(grids.uniform(process, 4))
+        assert np.all(rows.t.time <= process.end) and rows.t.time[0] == process.end
+        ratio = rows.t.sigma[1:] / rows.t.alpha[1:] * rows.s.alpha[:-1] / rows.s.sigma[:-1]
+        inside = rows.t.time[1:] < process.end * (1 - 1e-9)
+        np.testing.assert_allclose(ratio[inside], 2**0.5, rtol=1e-9)
+        assert np.all(ratio <= 2**0.5 * (1 + 1e-9))
+
+
+def restart_grid(steps):
+    """Down to 0.2, back up to 0.6, down again to 0.01, with ``steps`` in each leg."""
+    down = contract.rough(steps, 0.9, 0.2)
+    again = contract.rough(steps, 0.6, 0.01)
+    t, s = (np.concatenate([a, b]) for a, b in ((down.t.time, again.t.time), (down.s.time, again.s.time)))
+    return grids.pairs(processes.vp(), t, s)
+
+
+@pytest.mark.parametrize(
+    "base", [solvers.heun, solvers.dpmpp, lambda: solvers.ddim(1.0)], ids=["heun", "dpmpp", "ddim"]
+)
+def test_gaps_keep_the_marginal(base):
+    """On Gaussian data the law at the end of a restart grid tends to the exact marginal, at the base solver's order."""
+    solver = modifiers.renoised(base())
+    goal = GAUSSIAN.marginal(processes.vp().level(0.01))
+
+    def error(steps):
+        found = contract.moments(solver, solver.plan(restart_grid(steps)))
+        return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(found, goal, strict=True))))
+
+    found = contract.ladder(error)
+    order = 1 if base().draws else base().order
+    assert found.settled and found.order > order - 0.2, found
+
+
+def test_inflation_multiplies_the_added_variance():
+    solver = modifiers.renoised(solvers.ddim())
+    process = processes.vp()
+    plan = lambda inflation: solver.plan(grids.pairs(process, [0.8, 0.6], [0.3, 0.1], inflation=inflation))
+    (_, plain), (_, inflated) = (contract.moments(solver, plan(k)) for k in (1.0, 1.3))
+    # what the noise adds at 0.6 goes through one more linear step
+    a, b = process.level(0.6), process.level(0.3)
+    added = a.sigma**2 - (a.alpha / b.alpha * b.sigma) ** 2
+    _, last = solver.plan(grids.pairs(process, [0.8, 0.6], [0.3, 0.1])), process.level(0.1)
+    linear = ddim_matrix(a, last)
+    np.testing.assert_allclose(inflated - plain, (1.3**2 - 1) * added * linear @ linear.T, rtol=1e-9, atol=1e-12)
+
+
+def ddim_matrix(t, s):
+    """The linear part of one DDIM step on Gaussian data, from its textbook form."""
+    gain = t.alpha * GAUSSIAN.covariances[0] @ np.linalg.inv(GAUSSIAN.marginal(t)[1])
+    return s.alpha * gain + s.sigma / t.sigma * (np.eye(2) - t.alpha * gain)
+
+
+def test_restart_on_a_restart_adds_noise_once():
+    """Noise between steps is added once, whoever asks for it: the sampler, renoised or churned."""
+    oracle = oracles.gaussian(GAUSSIAN.means[0], GAUSSIAN.covariances[0])
+    grid = restart_grid(3)
+    draw = lambda solver: sample(jax.random.key(3), oracle, solver, grid, shape=(2,)).x
+    expected = draw(solvers.heun())
+    for solver in (
+        modifiers.renoised(solvers.heun()),
+        modifiers.renoised(modifiers.renoised(solvers.heun())),
+        modifiers.churned(solvers.heun(), 0.0),
+        modifiers.renoised(modifiers.churned(solvers.heun(), 0.0)),
+        modifiers.churned(modifiers.renoised(solvers.heun()), 0.0),
+    ):
+        np.testing.assert_allclose(draw(solver), expected, rtol=2e-5)
+    solver = modifiers.churned(solvers.heun(), 0.5)
+    fine = contract.moments(solver, solver.plan(restart_grid(200)))
+    goal = GAUSSIAN.marginal(processes.vp().level(0.01))
+    np.testing.assert_allclose(fine[1], goal[1], rtol=1e-3, atol=1e-3)
+    assert modifiers.churned(modifiers.churned(solvers.heun(), 1.0), 2.0).draws == 1
+
+
+def test_history_restarts_after_a_gap():
+    """A multistep method uses no history across added noise: after the gap it is the fresh start on the second leg."""
+    grid = restart_grid(4)
+    solver = modifiers.renoised(solvers.dpmpp())
+    rows = solver.plan(grid)
+    states = run(solver, MIXTURE, STARTS, rows, lambda i: draws(i, count=1))
+    fresh = solvers.dpmpp().plan(contract.rough(4, 0.6, 0.01))
+    np.testing.assert_allclose(run(solvers.dpmpp(), MIXTURE, states[4], fresh)[-1], states[-1], rtol=1e-10)
+
+
+def test_state_is_at_the_level_of_its_row():
+    """The covariance before a row is the marginal at the row's entry, also right after noise was added."""
+    solver = modifiers.renoised(solvers.heun())
+    rows = solver.plan(restart_grid(300))
+    half = jax.tree.map(lambda leaf: leaf[:300], rows)  # the last row here ends with the noise
+    assert rows.s.time[299] == 0.2 and rows.t.time[300] == 0.6
+    mean, covariance = contract.moments(solver, half)
+    goal = GAUSSIAN.marginal(at(rows, 300).t)
+    np.testing.assert_allclose(mean, goal[0], atol=1e-4)
+    np.testing.assert_allclose(covariance, goal[1], atol=1e-4)
+    assert length(half) == 300
+
+
+def test_the_sampler_brings_a_given_state_to_a_churned_start():
+    """A state given at the grid's start is taken to the first churned level by added noise."""
+    process = processes.vp()
+    grid = grids.uniform(process, 4, start=0.5, stop=0.1)
+    solver = modifiers.churned(solvers.euler(), 0.4)
+    entry = at(solver.plan(grid), 0).t
+    x = jnp.zeros(4000)
+    states = sample(jax.random.key(0), lambda x, level: x, solver, grid, x=x, save="states").saved.states
+    expected = entry.sigma**2 - (entry.alpha / grid.start.alpha * grid.start.sigma) ** 2
+    assert float(jnp.var(states[0])) == pytest.approx(float(expected), rel=0.1)
+    drawn = sample(jax.random.key(0), lambda x, level: x, solver, grid, shape=(4000,), save="states").saved.states
+    assert float(jnp.var(drawn[0])) == pytest.approx(float(entry.sigma) ** 2, rel=0.1)
+
+
+def test_refused():
+    for bad in ({"churn": -1.0}, {"low": -1.0}, {"low": 2.0, "high": 1.0}, {"inflation": 0.0}, {"churn": np.nan}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            modifiers.churned(solvers.heun(), **bad)
+
+
+def test_repr_is_the_call():
+    assert (
+        repr(modifiers.churned(solvers.heun(), 1.0)) == "churned(heun(), churn=1.0, low=0.0, high=inf, inflation=1.0)"
+    )
+    assert repr(modifiers.renoised(solvers.heun())) == "renoised(heun())"

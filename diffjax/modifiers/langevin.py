@@ -46,6 +46,10 @@ class Langevin:
         return f"langevin({self.inner!r}, steps={self.steps}, {name}={self.strength!r})"
 
     @property
+    def renoises(self) -> bool:
+        return getattr(self.inner, "renoises", False)
+
+    @property
     def order(self) -> int:
         return self.inner.order
 

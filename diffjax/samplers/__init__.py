@@ -3,6 +3,7 @@
 from diffjax.samplers.adaptive import adaptive
 from diffjax.samplers.adjoint import adjoint
 from diffjax.samplers.many import sample_many
+from diffjax.samplers.parallel import parallel
 from diffjax.samplers.sequential import sample
 
-__all__ = ["adaptive", "adjoint", "sample", "sample_many"]
+__all__ = ["adaptive", "adjoint", "parallel", "sample", "sample_many"]

@@ -239,15 +239,15 @@ def _size(error: Tree, lower: Tree, before: Tree, control: Control) -> Array:
 
 def _ends(process: Process, start: Array | None, stop: Array | None) -> tuple[Level, Level, Level | None]:
     """First and last level of the controlled steps, and the level before the first if that is at alpha = 0."""
-    start = process.end if start is None else start
-    stop = (0.0 if _keeps_noise(process) else 1e-3 * process.end) if stop is None else stop
-    if not is_traced(process, start, stop) and not 0 <= stop < start <= process.end * (1 + 1e-9):
-        raise ValueError(f"need 0 <= stop < start <= {float(process.end)}, got start={start!r}, stop={stop!r}.")
-    first, last = process.level(start), process.level(stop)
+    begin: Array = process.end if start is None else start
+    end: Array = (0.0 if _keeps_noise(process) else 1e-3 * process.end) if stop is None else stop
+    if not is_traced(process, begin, end) and not 0 <= end < begin <= process.end * (1 + 1e-9):
+        raise ValueError(f"need 0 <= stop < start <= {float(process.end)}, got start={begin!r}, stop={end!r}.")
+    first, last = process.level(begin), process.level(end)
     if not is_traced(last) and np.isinf(last.half_log_snr):
-        raise ValueError(f"stop must be a time with finite log-SNR, got {stop!r}.")
+        raise ValueError(f"stop must be a time with finite log-SNR, got {end!r}.")
     if not is_traced(first) and first.alpha == 0:
-        return process.level((1 - 1e-3) * start), last, first
+        return process.level((1 - 1e-3) * begin), last, first
     return first, last, None
 
 

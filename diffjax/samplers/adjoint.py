@@ -217,7 +217,7 @@ def _noise(problem: Problem, step: Steps, x: Tree) -> tuple[Tree, ...]:
     _, key = jax.random.split(problem.key)
     index = step.index.astype(jnp.int32)
     if problem.noise is None:
-        return normal_noise(key, index, x, 1)
+        return normal_noise(key, index, step.row, x, 1)
     return problem.noise(key, index, step.row, x, 1)
 
 

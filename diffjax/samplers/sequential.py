@@ -88,7 +88,31 @@ def sample(
     Array(8, dtype=int32)
     """
     save = (save,) if isinstance(save, str) else tuple(save)
-    _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every)
+    if not set(save) <= set(SAVES):
+        raise ValueError(f"save must be among {SAVES}, got {save!r}.")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an integer of at least 1, got {every!r}.")
+    noise_key, x, rows, solver = prepare(key, denoise, solver, grid, shape, x, start, dtype, noise)
+    options = Options(save, every, final_denoise, progress, remat)
+    denoise, noise = as_value(denoise), as_value(noise)
+    # a closure may hold tracers of the caller, which must not enter a cache
+    run = _run if has_functions(denoise, noise) and is_traced(key, x, rows) else _compiled
+    return run(noise_key, x, denoise, solver, rows, noise, options)
+
+
+def prepare(
+    key: Array,
+    denoise: Any,
+    solver: Solver,
+    grid: Grid,
+    shape: tuple[int, ...] | None,
+    x: Tree | None,
+    start: Array | None,
+    dtype: Any,
+    noise: Any,
+) -> tuple[Array, Tree, Row, Solver]:
+    """What every driver over rows begins with: ``(noise key, state at the first row, rows, solver)``, all checked."""
+    _check_arguments(denoise, solver, grid, shape, x, start, dtype)
     prior_key, noise_key = jax.random.split(key)
     if grid.gaps:
         solver = renoised(solver)
@@ -96,7 +120,7 @@ def sample(
         grid = grid[_first_step(grid, start) :]
     rows = solver.plan(grid)
     if hasattr(noise, "check"):
-        noise.check(solver, rows)  # pyright: ignore[reportOptionalMemberAccess]
+        noise.check(solver, rows)
     entry = jax.tree.map(lambda leaf: leaf[0], rows.t)
     if hasattr(denoise, "check"):
         denoise.check(rows.t)
@@ -111,11 +135,7 @@ def sample(
         x = _noised(prior_key, x, *join)
     kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).dtype
     rows = jax.tree.map(lambda leaf: (jnp.asarray if is_traced(leaf) else np.asarray)(leaf, kind), rows)
-    options = Options(save, every, final_denoise, progress, remat)
-    denoise, noise = as_value(denoise), as_value(noise)
-    # a closure may hold tracers of the caller, which must not enter a cache
-    run = _run if has_functions(denoise, noise) and is_traced(key, x, rows) else _compiled
-    return run(noise_key, x, denoise, solver, rows, noise, options)
+    return noise_key, x, rows, solver
 
 
 class Options(NamedTuple):
@@ -159,8 +179,9 @@ class Counter:
         return x0
 
 
-def normal_noise(key: Array, index: Array, x: Tree, draws: int) -> tuple[Tree, ...]:
+def normal_noise(key: Array, index: Array, row: Row | None, x: Tree, draws: int) -> tuple[Tree, ...]:
     """Standard normal trees shaped like ``x`` that depend on the key and the row's index alone."""
+    del row
     key = jax.random.fold_in(key, index)
     leaves, structure = jax.tree.flatten(x)
     count = draws * len(leaves)
@@ -185,15 +206,14 @@ def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, noise: An
 
     indices = jnp.arange(count, dtype=jnp.int32)
     early = solver.draws and noise is None and count * solver.draws * _size(x) <= _EARLY
-    drawn = jax.vmap(lambda index: normal_noise(key, index, x, solver.draws))(indices) if early else None
+    drawn = jax.vmap(lambda index: normal_noise(key, index, None, x, solver.draws))(indices) if early else None
 
     def body(carry: Carry, indexed: tuple[Array, Row, Tree]) -> tuple[Carry, None]:
         index, row, draws = indexed
         counter = Counter(denoise, carry.denoiser, carry.nfe)
-        if draws is None and noise is None:
-            draws = normal_noise(key, index, carry.x, solver.draws) if solver.draws else ()
-        elif draws is None:
-            draws = noise(key, index, row, carry.x, solver.draws) if solver.draws else ()
+        if draws is None:
+            draw = normal_noise if noise is None else noise
+            draws = draw(key, index, row, carry.x, solver.draws) if solver.draws else ()
         x, memory, info = solver.step(draws, counter, carry.x, carry.solver, row)
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x)]).all()
         failed_at = jnp.where((carry.failed_at < 0) & ~finite, index, carry.failed_at)
@@ -256,7 +276,7 @@ def _write(buffer: Tree | None, x: Tree, slot: Array) -> Tree | None:
 def _noised(key: Array, x: Tree, keep: Array, std: Array) -> Tree:
     if not is_traced(keep, std) and np.all(keep == 1) and np.all(std == 0):
         return x
-    (noise,) = normal_noise(key, 0, x, 1)
+    (noise,) = normal_noise(key, 0, None, x, 1)
     return jax.tree.map(lambda leaf, z: (keep * leaf + std * z).astype(leaf.dtype), x, noise)
 
 
@@ -271,7 +291,7 @@ def _first_step(grid: Grid, start: Array) -> int:
     return int(np.argmax(below))
 
 
-def _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every) -> None:
+def _check_arguments(denoise, solver, grid, shape, x, start, dtype) -> None:
     if not isinstance(grid, Grid):
         raise ValueError(f"grid must be a Grid (see diffjax.grids), got {grid!r}.")
     if not isinstance(solver, Solver):
@@ -284,7 +304,3 @@ def _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every)
         raise ValueError(f"start={start!r} needs x, the clean data to be noised.")
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
         raise ValueError(f"dtype must be float32 or wider (networks may cast inside), got {dtype!r}.")
-    if not set(save) <= set(SAVES):
-        raise ValueError(f"save must be among {SAVES}, got {save!r}.")
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an integer of at least 1, got {every!r}.")

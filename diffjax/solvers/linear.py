@@ -61,14 +61,32 @@ class Linear:
     def init(self, x: Tree) -> Tree:
         return (jax.tree.map(jnp.zeros_like, x),) * self.history
 
-    def update(self, noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
-        """The step of a one-call method once the clean estimate is known: ``(x, memory)``."""
+    @property
+    def update(self) -> Callable[[tuple[Tree, ...], Tree, Tree, Tree, Row], tuple[Tree, Tree]]:
+        """``(noise, x, x0, memory, row) -> (x, memory)``, the step once the clean estimate is known.
+
+        Only one-call methods have it: `hasattr` tells.
+        """
+        if self.calls != 1:
+            raise AttributeError(f"{self!r} makes {self.calls} denoiser calls a step, so it has no update.")
+        return self._update
+
+    @property
+    def kernel(self) -> Callable[[Tree, Tree, Row], tuple[Tree, Array]]:
+        """``(x, x0, row) -> (mean, std)`` of the next state.
+
+        Only methods of one call, one draw and no history have it: `hasattr` tells.
+        """
+        if (self.calls, self.history, self.draws) != (1, 0, 1):
+            raise AttributeError(f"{self!r} has no kernel: that takes one call, one draw and no history.")
+        return self._kernel
+
+    def _update(self, noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
         table = row.coefficients
         reading = _read(table, 0, x, x0)
         return combine(table.out, (x, reading, *memory, *noise)), _push(memory, reading)
 
-    def kernel(self, x: Tree, x0: Tree, row: Row) -> tuple[Tree, Array]:
-        """Mean and standard deviation of the next state of a one-call, one-step, one-draw method."""
+    def _kernel(self, x: Tree, x0: Tree, row: Row) -> tuple[Tree, Array]:
         table = row.coefficients
         return combine(table.out[:2], (x, _read(table, 0, x, x0))), table.out[2]
 
