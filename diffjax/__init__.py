@@ -5,7 +5,7 @@
 See docs/design.md for the vocabulary and README.md for the first steps.
 """
 
-from diffjax import grids, guidance, interop, modifiers, noises, oracles, predictions, processes, solvers
+from diffjax import corrections, grids, guidance, interop, modifiers, noises, oracles, predictions, processes, solvers
 from diffjax.levels import Grid, Info, Level, Process, Row, Sample, Solver
 from diffjax.samplers import adaptive, adjoint, parallel, sample, sample_many
 from diffjax.suggest import suggest
@@ -22,6 +22,7 @@ __all__ = [
     "Solver",
     "adaptive",
     "adjoint",
+    "corrections",
     "grids",
     "guidance",
     "interop",

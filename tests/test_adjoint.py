@@ -172,7 +172,7 @@ def test_it_is_sample_forward_and_under_transformations():
         (dict(grid=grids.time_travel(grids.uniform(processes.vp(), 4), 2, 2)), "gaps"),
         (dict(grid=grids.reverse(grids.uniform(processes.vp(), 4, stop=0.1))), "towards"),
         (dict(x=None), "exactly one"),
-        (dict(denoise=diffjax.modifiers.dualfast(MIXTURE)), "memory"),
+        (dict(denoise=diffjax.corrections.dualfast(MIXTURE)), "memory"),
     ],
 )
 def test_refusals(options, match):

@@ -1,4 +1,4 @@
-"""Modifiers of solvers and of denoisers."""
+"""Corrections of denoisers, the Langevin corrector, step doubling, shared times."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import diffjax
-from diffjax import grids, modifiers, oracles, processes, solvers
+from diffjax import corrections, grids, modifiers, oracles, processes, solvers
 
 KEY = jax.random.key(0)
 MIXTURE = oracles.mixture([0.4, 0.6], [[-1.0, 0.3], [1.2, -0.5]], [[0.1, 0.3], [0.05, 0.2]])
@@ -30,18 +30,18 @@ def test_clipping_and_dynamic_thresholding_against_their_definitions():
     x0 = np.random.default_rng(0).normal(size=(8, 8)) * 3
     given = lambda x, level: jnp.asarray(x0)
     x = jnp.zeros((8, 8))
-    np.testing.assert_allclose(modifiers.clipped(given, -0.5, 2.0)(x, level), np.clip(x0, -0.5, 2.0), rtol=1e-6)
+    np.testing.assert_allclose(corrections.clipped(given, -0.5, 2.0)(x, level), np.clip(x0, -0.5, 2.0), rtol=1e-6)
     s = np.quantile(np.abs(x0), 0.9)
-    found = modifiers.thresholded(given, 0.9)(x, level)
+    found = corrections.thresholded(given, 0.9)(x, level)
     np.testing.assert_allclose(found, np.clip(x0, -s, s) / s, rtol=1e-5)
     assert np.abs(found).max() <= 1 + 1e-6
     np.testing.assert_allclose(
-        modifiers.thresholded(given, 0.9, bound=2.0)(x, level), np.clip(x0, -s, s) * 2 / s, rtol=1e-5
+        corrections.thresholded(given, 0.9, bound=2.0)(x, level), np.clip(x0, -s, s) * 2 / s, rtol=1e-5
     )
-    np.testing.assert_allclose(modifiers.thresholded(given, 0.9, maximum=1.5)(x, level), np.clip(x0, -1.5, 1.5) / 1.5,
+    np.testing.assert_allclose(corrections.thresholded(given, 0.9, maximum=1.5)(x, level), np.clip(x0, -1.5, 1.5) / 1.5,
                                rtol=1e-5)  # fmt: skip
     small = lambda x, level: jnp.asarray(0.1 * x0 / np.abs(x0).max())
-    np.testing.assert_array_equal(modifiers.thresholded(small)(x, level), small(x, level))
+    np.testing.assert_array_equal(corrections.thresholded(small)(x, level), small(x, level))
 
 
 @pytest.mark.paper("DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models")
@@ -62,7 +62,7 @@ def test_thresholding_keeps_strong_guidance_in_range(solver):
     grid = grids.uniform(process, 12, start=0.99)
     x = jax.random.normal(KEY, (16,))
     plain = _run(guided, solver, grid, x).x
-    held = _run(modifiers.thresholded(guided), solver, grid, x).x
+    held = _run(corrections.thresholded(guided), solver, grid, x).x
     assert np.all(np.isfinite(held)) and np.abs(held).max() <= 1 + 1e-5
     assert np.abs(plain).max() > 1.2
 
@@ -78,13 +78,13 @@ def test_epsilon_scaling_divides_the_noise_estimate():
         level = _level(process, time)
         eps = lambda denoise, level=level: (x - level.alpha * denoise(x, level)) / level.sigma
         np.testing.assert_allclose(
-            eps(modifiers.epsilon_scaled(MIXTURE, 1.25)), eps(MIXTURE) / 1.25, rtol=2e-4, atol=1e-5
+            eps(corrections.epsilon_scaled(MIXTURE, 1.25)), eps(MIXTURE) / 1.25, rtol=2e-4, atol=1e-5
         )
-        scaled = modifiers.epsilon_scaled(MIXTURE, 1.0, slope=0.1)
+        scaled = corrections.epsilon_scaled(MIXTURE, 1.0, slope=0.1)
         np.testing.assert_allclose(eps(scaled), eps(MIXTURE) / (1 + 0.1 * time), rtol=2e-4, atol=1e-5)
-        np.testing.assert_array_equal(modifiers.epsilon_scaled(MIXTURE, 1.0)(x, level), MIXTURE(x, level))
+        np.testing.assert_array_equal(corrections.epsilon_scaled(MIXTURE, 1.0)(x, level), MIXTURE(x, level))
     start = _level(processes.flow(), 1.0)
-    assert np.all(np.isfinite(modifiers.epsilon_scaled(MIXTURE, 1.1)(x, start)))
+    assert np.all(np.isfinite(corrections.epsilon_scaled(MIXTURE, 1.1)(x, start)))
 
 
 @pytest.mark.paper("Elucidating the Exposure Bias in Diffusion Models")
@@ -101,12 +101,12 @@ def test_epsilon_scaling_shrinks_the_variance_gap_of_a_wrong_network(x64):
         draw = lambda x: diffjax.sample(KEY, denoise, solvers.dpmpp(), grid, x=x, save="states", every=25).saved
         saved = jax.vmap(draw)(jnp.asarray([std, -std]))
         level = jax.tree.map(lambda leaf: leaf[0], saved.states_level)
-        return np.asarray(modifiers.variance_gap(saved.states, level, 0.5))
+        return np.asarray(corrections.variance_gap(saved.states, level, 0.5))
 
     exact, wrong = gap(data), gap(network)
     assert exact.shape == (5,) and abs(exact[0]) < 1e-9
     np.testing.assert_allclose(exact[-1], 0.0, atol=5e-3)
-    gaps = {scale: abs(gap(modifiers.epsilon_scaled(network, scale))[-1]) for scale in (1.0, 1.01, 1.02, 1.03)}
+    gaps = {scale: abs(gap(corrections.epsilon_scaled(network, scale))[-1]) for scale in (1.0, 1.01, 1.02, 1.03)}
     assert gaps[1.0] == abs(wrong[-1]) and gaps[1.0] > 0.03
     assert min(gaps, key=gaps.get) == 1.02 and gaps[1.02] < 0.2 * gaps[1.0], gaps
 
@@ -119,17 +119,17 @@ def test_analytic_start_saves_calls_and_is_exact_for_gaussian_data():
     data = oracles.gaussian(np.array([0.5, -0.2]), np.array([[0.6, 0.2], [0.2, 0.3]]))
     for solver in (solvers.ddim(), solvers.heun(), solvers.dpmpp()):
         base = _run(data, solver, grid, 80 * START)
-        early = _run(modifiers.analytic_start(data, grid, 2, prior=data), solver, grid, 80 * START)
+        early = _run(corrections.analytic_start(data, grid, 2, prior=data), solver, grid, 80 * START)
         np.testing.assert_allclose(early.x, base.x, rtol=1e-6)
         # heun calls the second level of step 1 at the start of step 2, which is early, too
         saved = {"heun()": 3}.get(repr(solver), 2)
         assert base.nfe - early.nfe == saved
-    none = _run(modifiers.analytic_start(MIXTURE, grid, 0), solvers.ddim(), grid, 80 * START)
+    none = _run(corrections.analytic_start(MIXTURE, grid, 0), solvers.ddim(), grid, 80 * START)
     np.testing.assert_array_equal(none.x, _run(MIXTURE, solvers.ddim(), grid, 80 * START).x)
     # far from the data the mixture's posterior mean is nearly that of a Gaussian
-    afs = _run(modifiers.analytic_start(MIXTURE, grid), solvers.ddim(), grid, 80 * START)
+    afs = _run(corrections.analytic_start(MIXTURE, grid), solvers.ddim(), grid, 80 * START)
     np.testing.assert_allclose(afs.x, none.x, atol=0.1)
-    batch = jax.vmap(lambda x: _run(modifiers.analytic_start(MIXTURE, grid), solvers.ddim(), grid, x).nfe)(
+    batch = jax.vmap(lambda x: _run(corrections.analytic_start(MIXTURE, grid), solvers.ddim(), grid, x).nfe)(
         jnp.asarray([START, -START])
     )
     np.testing.assert_array_equal(batch, 7)
@@ -143,7 +143,7 @@ def test_analytic_start_does_not_call_the_network():
         return 0.5 * x
 
     grid = grids.uniform(processes.flow(), 4)
-    jax.vmap(lambda x: _run(modifiers.analytic_start(network, grid, 2), solvers.ddim(), grid, x).x)(
+    jax.vmap(lambda x: _run(corrections.analytic_start(network, grid, 2), solvers.ddim(), grid, x).x)(
         jnp.stack([jnp.asarray(START)] * 3)
     )
     jax.effects_barrier()
@@ -164,17 +164,17 @@ def test_time_shift_without_a_window_is_the_base(solver):
     grid = grids.table(process, 10)
     x = jax.random.normal(KEY, (256,))
     base = _run(data, solver, grid, x)
-    same = _run(modifiers.time_shifted(data, process, window=0.0), solver, grid, x)
+    same = _run(corrections.time_shifted(data, process, window=0.0), solver, grid, x)
     np.testing.assert_allclose(base.x, same.x, rtol=1e-5)
     assert same.nfe == base.nfe
-    late = _run(modifiers.time_shifted(data, process, 100.0, cutoff=2000.0), solver, grid, x)
+    late = _run(corrections.time_shifted(data, process, 100.0, cutoff=2000.0), solver, grid, x)
     np.testing.assert_allclose(base.x, late.x, rtol=1e-5)
 
 
 @pytest.mark.paper("Alleviating Exposure Bias in Diffusion Models through Sampling with Shifted Time Steps")
 def test_time_shift_asks_at_the_level_of_the_variance():
     process = processes.ddpm()
-    shifted = modifiers.time_shifted(_white(), process, window=40.0, points=41)
+    shifted = corrections.time_shifted(_white(), process, window=40.0, points=41)
     x = np.random.default_rng(1).normal(size=256)
     for time, target in ((500.0, 512.0), (500.0, 488.0), (500.0, 700.0), (500.0, 100.0)):
         sigma = process.level(np.float64(target)).sigma
@@ -201,7 +201,7 @@ def test_time_shift_lowers_the_error_of_a_sampler_with_exposure_bias(x64):
 
     x = jax.random.normal(KEY, (256,), jnp.float64)
     error = lambda denoise: abs(float(jnp.var(_run(denoise, solvers.ddim(), grid, x).x)) - 0.8)
-    shifted = modifiers.time_shifted(network, process, window=0.1, points=101, variance=0.8)
+    shifted = corrections.time_shifted(network, process, window=0.1, points=101, variance=0.8)
     assert error(network) > 0.2
     assert error(shifted) < 0.5 * error(network)
 
@@ -213,7 +213,7 @@ def test_time_shift_lowers_the_error_of_a_sampler_with_exposure_bias(x64):
 @pytest.mark.parametrize("solver", [solvers.ddim(), solvers.heun(), solvers.dpmpp()], ids=repr)
 def test_dualfast_without_strength_is_the_base(solver):
     grid = grids.log_snr(processes.vp(), 8)
-    base, same = (_run(d, solver, grid) for d in (MIXTURE, modifiers.dualfast(MIXTURE, 0.0)))
+    base, same = (_run(d, solver, grid) for d in (MIXTURE, corrections.dualfast(MIXTURE, 0.0)))
     np.testing.assert_allclose(base.x, same.x, rtol=1e-5)
     assert same.nfe == base.nfe
 
@@ -223,7 +223,7 @@ def test_dualfast_without_strength_is_the_base(solver):
 def test_dualfast_extrapolates_the_noise(reference, x64):
     process = processes.vp()
     grid = grids.uniform(process, 6, stop=0.01)
-    out = _run(modifiers.dualfast(MIXTURE, 0.3, reference), solvers.ddim(), grid, START)
+    out = _run(corrections.dualfast(MIXTURE, 0.3, reference), solvers.ddim(), grid, START)
     x, earlier = jnp.asarray(START), None
     for i in range(6):
         t, s = (jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), level) for level in (grid.t, grid.s))
@@ -253,7 +253,7 @@ def test_dualfast_lowers_the_error_of_a_network_that_regresses_to_the_mean(x64):
     discretisation, approximation, total = error(MIXTURE, 8), error(network, 200), error(network, 8)
     assert min(discretisation, approximation) > 0.05 and total > discretisation
     for reference in ("first", "previous"):
-        assert error(modifiers.dualfast(network, 0.8, reference), 8) < 0.92 * total
+        assert error(corrections.dualfast(network, 0.8, reference), 8) < 0.92 * total
 
 
 # --- langevin -------------------------------------------------------------------------------------------------------
@@ -385,41 +385,41 @@ def test_transformations_compose_forward_what_they_wrap_and_recompile_nothing():
     denoise = prediction.decode(network, jnp.asarray(0.1), condition=jnp.asarray(0.2))
     guided = diffjax.guidance.classifier_free(denoise, null=0.0, scale=2.0)
     grid = grids.uniform(process, 5)
-    wrapped = modifiers.thresholded(modifiers.epsilon_scaled(guided, 1.01))
+    wrapped = corrections.thresholded(corrections.epsilon_scaled(guided, 1.01))
     assert _run(wrapped, solvers.heun(), grid).nfe == 2 * 10
     np.testing.assert_allclose(wrapped.condition, 0.2)
-    dual = modifiers.clipped(modifiers.dualfast(guided))
+    dual = corrections.clipped(corrections.dualfast(guided))
     assert _run(dual, solvers.ddim(), grid).nfe == 2 * 5
     with pytest.raises(ValueError, match="does not determine"):
         noise = diffjax.predictions.noise(processes.flow()).decode(network, 0.1, condition=0.0)
-        _run(modifiers.clipped(noise), solvers.ddim(), grids.uniform(processes.flow(), 3))
+        _run(corrections.clipped(noise), solvers.ddim(), grids.uniform(processes.flow(), 3))
     from diffjax.samplers import sequential
 
     before = sequential._compiled._cache_size()
-    _run(modifiers.thresholded(modifiers.epsilon_scaled(guided, 1.07), 0.9), solvers.heun(), grid)
+    _run(corrections.thresholded(corrections.epsilon_scaled(guided, 1.07), 0.9), solvers.heun(), grid)
     assert sequential._compiled._cache_size() == before
-    scale = jax.grad(lambda c: _run(modifiers.epsilon_scaled(denoise, c), solvers.ddim(), grid).x.sum())(1.01)
+    scale = jax.grad(lambda c: _run(corrections.epsilon_scaled(denoise, c), solvers.ddim(), grid).x.sum())(1.01)
     assert np.isfinite(scale) and scale != 0
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: modifiers.clipped(MIXTURE, 1.0, 1.0),
-        lambda: modifiers.thresholded(MIXTURE, 0.0),
-        lambda: modifiers.thresholded(MIXTURE, 0.9, bound=2.0, maximum=1.0),
-        lambda: modifiers.epsilon_scaled(MIXTURE, 0.0),
-        lambda: modifiers.analytic_start(MIXTURE, grids.uniform(processes.vp(), 3), 4),
-        lambda: modifiers.analytic_start(modifiers.dualfast(MIXTURE), grids.uniform(processes.vp(), 3)),
-        lambda: modifiers.time_shifted(MIXTURE, processes.vp(), -1.0),
-        lambda: modifiers.time_shifted(MIXTURE, processes.vp(), 0.1, points=4),
-        lambda: modifiers.dualfast(MIXTURE, -0.1),
-        lambda: modifiers.dualfast(MIXTURE, reference="last"),
-        lambda: modifiers.dualfast(modifiers.dualfast(MIXTURE)),
+        lambda: corrections.clipped(MIXTURE, 1.0, 1.0),
+        lambda: corrections.thresholded(MIXTURE, 0.0),
+        lambda: corrections.thresholded(MIXTURE, 0.9, bound=2.0, maximum=1.0),
+        lambda: corrections.epsilon_scaled(MIXTURE, 0.0),
+        lambda: corrections.analytic_start(MIXTURE, grids.uniform(processes.vp(), 3), 4),
+        lambda: corrections.analytic_start(corrections.dualfast(MIXTURE), grids.uniform(processes.vp(), 3)),
+        lambda: corrections.time_shifted(MIXTURE, processes.vp(), -1.0),
+        lambda: corrections.time_shifted(MIXTURE, processes.vp(), 0.1, points=4),
+        lambda: corrections.dualfast(MIXTURE, -0.1),
+        lambda: corrections.dualfast(MIXTURE, reference="last"),
+        lambda: corrections.dualfast(corrections.dualfast(MIXTURE)),
         lambda: modifiers.langevin(solvers.ddim(), steps=0),
         lambda: modifiers.langevin(solvers.ddim(), snr=-1.0),
         lambda: modifiers.doubled(solvers.ddim(0.5)),
-        lambda: modifiers.doubled(solvers.dpmpp()).plan(grids.uniform(processes.vp(), 3)),
+        lambda: modifiers.doubled(solvers.dpmpp()),
         lambda: processes.shared_time(processes.vp(), 0.0),
         lambda: processes.shared_time(processes.vp(), 0.1, 0),
         lambda: processes.scaled_time(processes.vp(), 0.0),

@@ -39,7 +39,7 @@ def diffusers(config: Mapping[str, Any], steps: int, mu: float | None = None) ->
     Read are the schedulers DDPM, DDIM, PNDM, DPMSolverMultistep, DPMSolverSinglestep, DEISMultistep, UniPCMultistep,
     SASolver, Euler, EulerAncestral, Heun, LMS, KDPM2 (Ancestral), EDMEuler, EDMDPMSolverMultistep, FlowMatchEuler and
     FlowMatchHeun.  Fields that belong to the solver (its order, say) are left to the choice of a solver; clipping and
-    thresholding to `diffjax.modifiers.clipped` and `thresholded`.  Two differences: every step starts where the one
+    thresholding to `diffjax.corrections.clipped` and `thresholded`.  Two differences: every step starts where the one
     before ended (DDIM in diffusers goes to ``t - N // steps``, which for some spacings is not the next level), and a
     table rescaled to zero terminal SNR ends at alpha = 0 and not at 2^-12, but for Karras-like schedules, which need
     a finite level and keep theirs.

@@ -22,10 +22,10 @@ def doubled(solver: Solver, extrapolate: bool = False) -> Doubled:
 
     Enhanced Diffusion Sampling via Extrapolation with Multiple ODE Solutions, arXiv:2504.01855 (the extrapolation).
 
-    Raises ValueError for a stochastic solver, and when planning, for one that remembers or adds rows.
+    Raises ValueError for a solver that is stochastic or remembers, and when planning, for one that adds rows.
     """
-    if solver.draws:
-        raise ValueError(f"doubled needs a deterministic solver, got {solver!r}.")
+    if solver.draws or jax.tree.leaves(solver.init(np.zeros(1))):
+        raise ValueError(f"doubled needs a deterministic one-step solver, got {solver!r}.")
     return Doubled(solver, extrapolate)
 
 
@@ -55,8 +55,6 @@ class Doubled:
 
     def plan(self, grid: Grid) -> Row:
         grid = grid if is_traced(self, grid) else concrete(grid)
-        if jax.tree.leaves(self.inner.init(np.zeros(1))):
-            raise ValueError(f"doubled needs a one-step solver, but {self.inner!r} remembers.")
         middle = _middle(grid)
         rows = self.inner.plan(grid)
         first = self.inner.plan(dataclasses.replace(grid, s=middle))

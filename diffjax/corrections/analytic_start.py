@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax.corrections.transform import check, evaluations
 from diffjax.levels import Array, Grid, Level, Tree, as_value, remembers, value
-from diffjax.modifiers.transform import check, evaluations
 
 
 def analytic_start(denoise: Any, grid: Grid, steps: int = 1, prior: Any = None) -> AnalyticStart:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax.corrections.transform import Plain, Remembering, transformed
 from diffjax.levels import Array, Level, Tree, is_traced, value
-from diffjax.modifiers.transform import Plain, Remembering, transformed
 
 
 def epsilon_scaled(denoise: Any, scale: Array = 1.005, slope: Array = 0.0) -> Plain | Remembering:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax.corrections.transform import check, evaluations, noise_estimate
 from diffjax.levels import Array, Level, Process, Tree, as_value, remembers, static, value
-from diffjax.modifiers.transform import check, evaluations, noise_estimate
 
 
 def time_shifted(

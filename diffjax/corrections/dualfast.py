@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffjax.corrections.transform import check, evaluations
 from diffjax.levels import Array, Level, Tree, as_value, is_traced, remembers, static, value
-from diffjax.modifiers.transform import check, evaluations
 
 
 def dualfast(denoise: Any, strength: Array = 0.4, reference: str = "first") -> DualFast:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax.corrections.transform import Plain, Remembering, transformed
 from diffjax.levels import Array, Level, Tree, is_traced, value
-from diffjax.modifiers.transform import Plain, Remembering, transformed
 
 
 def clipped(denoise: Any, low: Array = -1.0, high: Array = 1.0) -> Plain | Remembering:
