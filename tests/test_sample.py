@@ -130,7 +130,7 @@ def test_custom_noise():
     """A given noise function replaces the draws; drawing early or in the loop gives the same numbers."""
     solver = solvers.ddim(1.0)
     x = jnp.array([0.3, 0.4])
-    zero = lambda key, index, x, draws: (jnp.zeros_like(x),) * draws
+    zero = lambda key, index, row, x, draws: (jnp.zeros_like(x),) * draws
     same = sample(KEY, ORACLE, solver, GRID, x=x, noise=zero).x
     np.testing.assert_array_equal(same, sample(jax.random.key(5), ORACLE, solver, GRID, x=x, noise=zero).x)
     early = sample(KEY, ORACLE, solver, GRID, x=x)

@@ -6,9 +6,10 @@ velocity or any other linear variable.  With S stages, H remembered readings and
     x_j = A_j . (x, v_1, ..., v_{j-1}, h_1, ..., h_H, z_1, ..., z_Z)        for the stages j = 2 .. S, with x_1 = x
     x'  = B   . (x, v_1, ..., v_S,     h_1, ..., h_H, z_1, ..., z_Z)
 
-after which v_1 becomes h_1.  A *method* is whatever fills the coefficients in: a value with ``table(grid)``, written
-once for NumPy in float64 and for traced grids.  Euler, DDIM, ancestral sampling, exponential multistep and Runge-Kutta
-methods, deterministic or stochastic, differ in nothing but their numbers.
+and, for an embedded pair, error = E . (the same).  After the step v_1 becomes h_1.  A *method* is whatever fills the
+coefficients in: a value with ``table(grid)``, written once for NumPy in float64 and for traced grids.  Euler, DDIM,
+ancestral sampling, exponential multistep and Runge-Kutta methods, deterministic or stochastic, differ in nothing but
+their numbers.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ class Table(NamedTuple):
 
     ``out`` (R, 1 + S + H + Z, ...); ``stages[j]`` (R, 1 + j + 1 + H + Z, ...) for the (j + 2)-nd stage;
     ``levels[j]`` its level; ``reads`` (R, S, 2, ...) the pairs (p, q), or None where the reading is x0 itself.
-    In a plan the second axes are tuples of columns.
+    ``error``, shaped like ``out``, the error estimate of an embedded pair.  In a plan the second axes are tuples of
+    columns.
     """
 
     out: Any
     stages: tuple[Any, ...] = ()
     levels: tuple[Level, ...] = ()
     reads: Any = None
+    error: Any = None
 
 
 @value
@@ -96,7 +99,9 @@ class Linear:
         for j in range(self.calls - 1):
             stage = combine(table.stages[j], (x, *readings, *memory, *noise))
             readings.append(_read(table, j + 1, stage, denoise(stage, table.levels[j])))
-        return combine(table.out, (x, *readings, *memory, *noise)), _push(memory, readings[0]), Info(x0)
+        terms = (x, *readings, *memory, *noise)
+        error = None if table.error is None else combine(table.error, terms)
+        return combine(table.out, terms), _push(memory, readings[0]), Info(x0, error)
 
 
 def _columns(table: Table) -> Table:
@@ -110,7 +115,8 @@ def _columns(table: Table) -> Table:
         return tuple(array[:, k] for k in range(array.shape[1]))
 
     reads = None if table.reads is None else tuple(split(part) for part in split(table.reads))
-    return table._replace(out=split(table.out), stages=tuple(map(split, table.stages)), reads=reads)
+    error = None if table.error is None else split(table.error)
+    return table._replace(out=split(table.out), stages=tuple(map(split, table.stages)), reads=reads, error=error)
 
 
 def _read(table: Table, stage: int, x: Tree, x0: Tree) -> Tree:
