@@ -77,7 +77,7 @@ def stale() -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the page, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Write docs/solvers.md.")
     parser.add_argument("--check", action="store_true", help="only compare names and what is declared")
     if not parser.parse_args(arguments).check:
         PAGE.write_text(render())
