@@ -5,7 +5,7 @@
 See docs/design.md for the vocabulary and README.md for the first steps.
 """
 
-from diffjax import grids, guidance, modifiers, oracles, predictions, processes, solvers
+from diffjax import grids, guidance, metrics, modifiers, oracles, predictions, processes, solvers
 from diffjax.levels import Grid, Info, Level, Process, Row, Sample, Solver
 from diffjax.samplers import sample, sample_many
 
@@ -21,6 +21,7 @@ __all__ = [
     "Solver",
     "grids",
     "guidance",
+    "metrics",
     "modifiers",
     "oracles",
     "predictions",
