@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 Array = Any  # a jax.Array, a NumPy array or a Python number: plans are NumPy, loops are JAX
 Tree = Any  # any pytree of arrays
+T = TypeVar("T")
 
 
 # --- values -----------------------------------------------------------------------------------------------------
@@ -30,14 +32,15 @@ def static(**keywords: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **keywords)
 
 
-def value(cls: type) -> Any:
+@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+def value(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen dataclass and a pytree; ``repr`` shows the call that would rebuild it.
 
     Fields declared with `static` are metadata, all others are leaves.  JAX rebuilds instances with tracers and
     placeholders, so nothing may be validated here: factories validate.
     """
     cls = dataclasses.dataclass(frozen=True, repr=False, eq=False)(cls)
-    fields = dataclasses.fields(cls)
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
     leaves = [f.name for f in fields if not f.metadata.get("static")]
     statics = [f.name for f in fields if f.metadata.get("static")]
 
@@ -50,7 +53,7 @@ def value(cls: type) -> Any:
         children, metadata = flatten(self)
         return tuple(zip(map(jax.tree_util.GetAttrKey, leaves), children, strict=True)), metadata
 
-    def unflatten(metadata: tuple, children: tuple) -> Any:
+    def unflatten(metadata: Any, children: Any) -> Any:
         self = object.__new__(cls)  # not __init__: placeholders and tracers must pass
         for name, content in zip((*leaves, *statics), (*children, *metadata[1:]), strict=True):
             object.__setattr__(self, name, content)
@@ -58,7 +61,7 @@ def value(cls: type) -> Any:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     if "__repr__" not in cls.__dict__:
-        cls.__repr__ = _call_repr
+        cls.__repr__ = _call_repr  # pyright: ignore[reportAttributeAccessIssue]
     return cls
 
 
@@ -81,7 +84,7 @@ def _short(leaf: Any) -> str:
 
 def is_traced(*trees: Tree) -> bool:
     """Whether any leaf is known only inside a transformation (jit, grad, vmap)."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def concrete(tree: Tree) -> Tree:
@@ -114,7 +117,6 @@ def ratio(numerator: Array, denominator: Array) -> Array:
     same = xp.equal(numerator, denominator)
     safe = xp.where(same | (denominator == 0), 1.0, denominator)
     return xp.where(same, 1.0, xp.where(denominator == 0, xp.inf, numerator / safe))
-
 
 
 def combine(coefficients: Array, trees: tuple[Tree, ...]) -> Tree:
@@ -346,7 +348,9 @@ def restarts(grid: Grid) -> Array:
     """Shape (N, ...): True where step i does not continue step i - 1, so that no history can be used."""
     xp = namespace(grid.t, grid.s)
     first = xp.ones_like(grid.t.alpha[:1], dtype=bool)
-    return xp.concatenate([first, ~xp.isclose(grid.t.half_log_snr[1:], grid.s.half_log_snr[:-1], rtol=1e-9, atol=1e-12)])
+    return xp.concatenate(
+        [first, ~xp.isclose(grid.t.half_log_snr[1:], grid.s.half_log_snr[:-1], rtol=1e-9, atol=1e-12)]
+    )
 
 
 # --- solvers and samples ------------------------------------------------------------------------------------------
@@ -366,10 +370,25 @@ class Solver(Protocol):
     ``noise`` is always a tuple of ``draws`` standard normal trees shaped like the state.
     """
 
-    order: int  # of the deterministic part on a smooth grid
-    calls: int  # denoiser calls per row
-    draws: int  # standard normal draws per row; 0 is deterministic
-    embedded: bool  # whether step reports an error estimate
+    @property
+    def order(self) -> int:
+        """The order of the deterministic part on a smooth grid."""
+        ...
+
+    @property
+    def calls(self) -> int:
+        """Denoiser calls a row."""
+        ...
+
+    @property
+    def draws(self) -> int:
+        """Standard normal draws a row; 0 is deterministic."""
+        ...
+
+    @property
+    def embedded(self) -> bool:
+        """Whether step reports an error estimate."""
+        ...
 
     def plan(self, grid: Grid) -> Row: ...
     def init(self, x: Tree) -> Tree: ...

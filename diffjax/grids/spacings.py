@@ -125,9 +125,9 @@ def table(process: Process, steps: int = 20, spacing: str = "trailing", offset: 
 
 
 def _power(process: Process, steps: int, start: Array | None, stop: Array, power: float) -> Grid:
-    process, start, stop = _range(process, steps, start, stop)
-    roots = np.linspace(start ** (1 / power), stop ** (1 / power), steps + 1)
-    return times(process, _ends(roots**power, start, stop))
+    process, first, last = _range(process, steps, start, stop)
+    roots = np.linspace(first ** (1 / power), last ** (1 / power), steps + 1)
+    return times(process, _ends(roots**power, first, last))
 
 
 def _range(process: Process, steps: int, start: Array | None, stop: Array) -> tuple[Process, Array, Array]:

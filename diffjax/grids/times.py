@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import jax
 import numpy as np
 
@@ -23,8 +25,7 @@ def times(process: Process, times: Array, trailing: int = 0) -> Grid:
     process, times = concrete(process), arrays(_as_array(times))[1]
     check_times(process, times)
     level = process.level(times, trailing=trailing)
-    t, s = (jax.tree.map(lambda leaf: leaf[part], level) for part in (slice(None, -1), slice(1, None)))
-    return Grid(process, jax.tree.map(lambda leaf: leaf[0], level), t, s)
+    return Grid(process, *(jax.tree.map(operator.itemgetter(part), level) for part in (0, slice(-1), slice(1, None))))
 
 
 def pairs(process: Process, t: Array, s: Array, inflation: Array = 1.0, trailing: int = 0) -> Grid:
@@ -45,11 +46,13 @@ def pairs(process: Process, t: Array, s: Array, inflation: Array = 1.0, trailing
         if np.any(s > t):
             raise ValueError(f"every s must be at or below its t (time runs towards 0), got t={t!r}, s={s!r}.")
         if np.any(t[1:] < s[:-1]):
-            raise ValueError(f"t[i + 1] must be at or above s[i]: only noise can be added between steps, got {t!r}, {s!r}.")
-    levels = [process.level(v, trailing=trailing) for v in (t, s)]
-    start = jax.tree.map(lambda leaf: leaf[0], levels[0])
+            raise ValueError(
+                f"t[i + 1] must be at or above s[i]: only noise can be added between steps, got {t!r}, {s!r}."
+            )
+    noisy, clean = (process.level(v, trailing=trailing) for v in (t, s))
+    start = jax.tree.map(operator.itemgetter(0), noisy)
     gaps = True if is_traced(t, s) else bool(np.any(t[1:] != s[:-1]))
-    return Grid(process, start, *levels, inflation, gaps)
+    return Grid(process, start, noisy, clean, inflation, gaps)
 
 
 def check_times(process: Process, times: Array) -> None:

@@ -1,7 +1,7 @@
 """Gaussian mixture data sum_k w_k N(mean_k, covariance_k): exact denoiser, score and density.
 
-Given x_t, component k has weight proportional to ``w_k N(x_t; alpha mean_k, alpha^2 covariance_k + sigma^2 I)``, and the
-posterior mean is the weighted mean of the components' Gaussian posterior means.
+Given x_t, component k has weight proportional to ``w_k N(x_t; alpha mean_k, alpha^2 covariance_k + sigma^2 I)``,
+and the posterior mean is the weighted mean of the components' Gaussian posterior means.
 """
 
 from __future__ import annotations

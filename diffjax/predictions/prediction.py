@@ -76,7 +76,9 @@ class Prediction:
         # a factor of 0 removes what is undetermined: v at sigma = 0 needs no x_0
         from_x = sum(_times(a, p) for a, p, _ in parts)
         from_output = sum(_times(a, q) for a, _, q in parts)
-        if not is_traced(from_x, from_output) and not (np.all(np.isfinite(from_x)) and np.all(np.isfinite(from_output))):
+        if not is_traced(from_x, from_output) and not (
+            np.all(np.isfinite(from_x)) and np.all(np.isfinite(from_output))
+        ):
             raise ValueError(
                 f"{self.target!r} does not determine {to.target!r} at alpha={level.alpha}, sigma={level.sigma}."
             )
@@ -86,9 +88,7 @@ class Prediction:
         """The factor between squared errors: ``|target error|^2 = weight |x_0 error|^2``."""
         return 1 / self.target.linear(self.process, level).x0_from_target ** 2
 
-    def network(
-        self, apply: Callable[..., Tree], params: Tree, x: Tree, level: Level, condition: Tree = None
-    ) -> Tree:
+    def network(self, apply: Callable[..., Tree], params: Tree, x: Tree, level: Level, condition: Tree = None) -> Tree:
         """Call ``apply(params, c_in x, network time, condition)`` on one sample.
 
         Raises ValueError if the output's shape is not that of ``x``.

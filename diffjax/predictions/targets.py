@@ -6,7 +6,6 @@ Every factory takes the process and returns a `Prediction`.  `velocity` is the v
 
 from __future__ import annotations
 
-
 import numpy as np
 
 from diffjax.levels import Array, Level, Process, namespace, static, value

@@ -13,8 +13,8 @@ def cosine() -> Process:
     The continuous form without offset (the discrete one with s = 0.008 is ``ddpm(schedule="cosine")``).
     Progressive Distillation for Fast Sampling of Diffusion Models, arXiv:2202.00512, section 2.
 
-    >>> cosine().level(1.0).alpha
-    np.float64(0.0)
+    >>> float(cosine().level(1.0).alpha)
+    0.0
     """
     return Process(Cosine(), 1.0)
 

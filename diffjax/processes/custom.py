@@ -21,8 +21,8 @@ def gaussian(alpha: Callable[[Array], Array], sigma: Callable[[Array], Array], e
     from bisection and one Newton step (so that it has the right derivative).  The functions are compared by
     identity: define them once, not anew for every call.
 
-    >>> gaussian(lambda t: 1 - t, lambda t: t).level(0.25).alpha
-    np.float64(0.75)
+    >>> float(gaussian(lambda t: 1 - t, lambda t: t).level(0.25).alpha)
+    0.75
     """
     positive(end=end)
     return Process(Custom(alpha, sigma, end), end)
@@ -64,7 +64,9 @@ class Custom:
                 low, high = _halve(self, target, low, high)
             return 0.5 * (low + high)
         bounds = (jnp.zeros_like(target), jnp.zeros_like(target) + end)
-        low, high = jax.lax.fori_loop(0, _HALVINGS, lambda _, b: _halve(self, jax.lax.stop_gradient(target), *b), bounds)
+        low, high = jax.lax.fori_loop(
+            0, _HALVINGS, lambda _, b: _halve(self, jax.lax.stop_gradient(target), *b), bounds
+        )
         root = jax.lax.stop_gradient(0.5 * (low + high))
         slope = self.alpha_rate(root) / self.alpha(root) - self.sigma_rate(root) / self.sigma(root)
         finite = jnp.isfinite(slope) & jnp.isfinite(target)

@@ -12,8 +12,8 @@ def flow() -> Process:
     Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow, arXiv:2209.03003, and
     Flow Matching for Generative Modeling, arXiv:2210.02747 (with sigma_min = 0).
 
-    >>> flow().level(0.25).alpha
-    np.float64(0.75)
+    >>> float(flow().level(0.25).alpha)
+    0.75
     """
     return Process(Flow(), 1.0)
 

@@ -27,8 +27,8 @@ def edm(sigma_max: Array = 80.0) -> Process:
 
     Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, section 3.
 
-    >>> edm().level(2.0).sigma
-    np.float64(2.0)
+    >>> float(edm().level(2.0).sigma)
+    2.0
     """
     positive(sigma_max=sigma_max)
     return Process(EDM(sigma_max), sigma_max)

@@ -114,10 +114,8 @@ class _Store:
             found = json.loads(known.read_text())
             wrong = [name for name in signature if found.get(name) != signature[name]]
             if wrong:
-                there = {name: found.get(name) for name in wrong}
-                raise ValueError(
-                    f"path={str(self.path)!r} holds other samples: {there}, expected { {n: signature[n] for n in wrong} }."
-                )
+                there, expected = ({name: source.get(name) for name in wrong} for source in (found, signature))
+                raise ValueError(f"path={str(self.path)!r} holds other samples: {there}, expected {expected}.")
             self.journal = found
             self.leaves = [np.lib.format.open_memmap(self.path / name, mode="r+") for name in names]
             return
@@ -125,7 +123,7 @@ class _Store:
             np.lib.format.open_memmap(self.path / name, mode="w+", shape=shape, dtype=dtype)
             for name, (shape, dtype) in zip(names, full, strict=True)
         ]
-        self._save_journal()
+        self._save_journal(self.path)
 
     def complete(self, start: int, stop: int) -> bool:
         """Whether samples start .. stop are all there, whatever the chunks they came in."""
@@ -145,16 +143,17 @@ class _Store:
         self.journal["failed"] += (start + np.flatnonzero(failed_at[: stop - start] >= 0)).tolist()
         if self.path is not None:
             for leaf in self.leaves:
-                leaf.flush()
-            self._save_journal()  # only now do the samples count as saved
+                if isinstance(leaf, np.memmap):
+                    leaf.flush()
+            self._save_journal(self.path)  # only now do the samples count as saved
 
-    def _save_journal(self) -> None:
-        temporary = self.path / "journal.json.part"
+    def _save_journal(self, path: Path) -> None:
+        temporary = path / "journal.json.part"
         with open(temporary, "w") as file:
             json.dump(self.journal, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, self.path / "journal.json")
+        os.replace(temporary, path / "journal.json")
 
     def result(self) -> Many:
         failed = np.unique(np.asarray(self.journal["failed"], np.int64))

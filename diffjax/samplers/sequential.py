@@ -93,7 +93,7 @@ def sample(
     entry = jax.tree.map(lambda leaf: leaf[0], rows.t)
     if hasattr(denoise, "check"):
         denoise.check(rows.t)
-    if x is None:
+    if shape is not None:
         x = grid.process.prior(prior_key, shape, dtype, entry)
     else:
         x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf, jnp.float32)), x)
@@ -247,7 +247,9 @@ def _buffer(x: Tree, slots: int) -> Tree:
 def _write(buffer: Tree | None, x: Tree, slot: Array) -> Tree | None:
     if buffer is None:
         return None
-    return jax.tree.map(lambda b, leaf: jax.lax.dynamic_update_index_in_dim(b, leaf.astype(b.dtype), slot, 0), buffer, x)
+    return jax.tree.map(
+        lambda b, leaf: jax.lax.dynamic_update_index_in_dim(b, leaf.astype(b.dtype), slot, 0), buffer, x
+    )
 
 
 def _noised(key: Array, x: Tree, keep: Array, std: Array) -> Tree:
@@ -259,7 +261,9 @@ def _noised(key: Array, x: Tree, keep: Array, std: Array) -> Tree:
 
 def _first_step(grid: Grid, start: Array) -> int:
     if is_traced(grid, start):
-        raise ValueError("start must be concrete, because it decides the number of steps; pass a grid from start instead.")
+        raise ValueError(
+            "start must be concrete, because it decides the number of steps; pass a grid from start instead."
+        )
     below = np.asarray(grid.t.time).reshape(len(grid), -1).max(axis=1) <= start * (1 + 1e-9)
     if not np.any(below):
         raise ValueError(f"start must be at or above the time of some step of the grid {grid.t.time!r}, got {start!r}.")

@@ -1,6 +1,6 @@
 """DDIM and ancestral sampling: one-step methods that are exact for a constant clean estimate.
 
-    x_s = sqrt(sigma_s^2 - std^2) / sigma_t x_t + (alpha_s - alpha_t sqrt(sigma_s^2 - std^2) / sigma_t) x_0 + std z
+x_s = sqrt(sigma_s^2 - std^2) / sigma_t x_t + (alpha_s - alpha_t sqrt(sigma_s^2 - std^2) / sigma_t) x_0 + std z
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ With ``h_i`` the steps in half-log-SNR, the exact solution for a constant clean 
 
 from __future__ import annotations
 
-
 from diffjax.levels import Array, Grid, namespace, restarts, rise, static, value
 from diffjax.solvers.coefficients import exponential
 from diffjax.solvers.linear import Linear, Table, stack
