@@ -13,10 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from experiments._solvers import family
 
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 130,
     "figure.constrained_layout.use": True,
     "axes.grid": True,
@@ -27,7 +28,6 @@ STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": "small",
-    "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
 }
 MARKERS = "osD^vPX<>*hpd8"
@@ -39,24 +39,40 @@ def curves(axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float
     ``lines`` maps names to (network evaluations, values).  The legend is sorted by the value at the right.
     """
     families = sorted({family(name) for name in lines})
-    colours = dict(zip(families, plt.get_cmap("tab10" if len(families) <= 10 else "tab20").colors * 4, strict=False))
+    palette = plt.get_cmap("tab10" if len(families) <= 10 else "tab20")
+    colours = {kind: palette(i % palette.N) for i, kind in enumerate(families)}
     members: dict[str, int] = {}
     handles = {}
-    for name, (nfe, values) in lines.items():
+    widths = np.linspace(2.6, 1.0, len(lines))  # of two curves that coincide, the first is seen below the second
+    for width, (name, (nfe, values)) in zip(widths, lines.items(), strict=True):
         kind = family(name)
         number = members[kind] = members.get(kind, -1) + 1
         dashes = ("-", "--", ":", "-.")[number // len(MARKERS) % 4]
-        style = {"color": colours[kind], "marker": MARKERS[number % len(MARKERS)], "linestyle": dashes}
+        style = {
+            "color": colours[kind],
+            "marker": MARKERS[number % len(MARKERS)],
+            "linestyle": dashes,
+            "linewidth": width,
+        }
         (handles[name],) = axes.plot(nfe, values, **style)
     axes.set(xscale="log", yscale="log", xlabel="network evaluations per sample (NFE)")
-    ticks = sorted({n for nfe, _ in lines.values() for n in nfe})
-    ticks = [n for n in ticks if n & (n - 1) == 0] or ticks
+    most = max(max(nfe) for nfe, _ in lines.values())
+    ticks = [2**k for k in range(1 + int(np.log2(most))) if 2**k >= min(min(nfe) for nfe, _ in lines.values())]
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
+    low, high = axes.get_ylim()
+    if high < 100 * low:  # powers of ten alone would leave the axis bare
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
     order = sorted(lines, key=lambda name: -np.nan_to_num(lines[name][1][-1], nan=np.inf))
     columns = -(-len(order) // 24)
     axes.legend(
-        [handles[name] for name in order], order, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=columns, fontsize=7.5
+        [handles[name] for name in order],
+        order,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        ncols=columns,
+        fontsize=7.5,
     )
 
 

@@ -30,12 +30,12 @@ def mmd(samples: Array, reference: Array, bandwidth: Array | None = None) -> Arr
     0.786939
     """
     a, b = vectors(least=2, samples=samples, reference=reference)
-    bandwidth = median_bandwidth(b) if bandwidth is None else bandwidth
-    if not is_traced(bandwidth) and not bandwidth > 0:
-        raise ValueError(f"bandwidth must be above 0 (are all reference samples equal?), got {bandwidth!r}.")
+    scale = median_bandwidth(b) if bandwidth is None else bandwidth
+    if not is_traced(scale) and not scale > 0:
+        raise ValueError(f"bandwidth must be above 0 (are all reference samples equal?), got {scale!r}.")
 
     def kernel(x: Array, y: Array) -> Array:
-        return namespace(x, y).exp(-0.5 * squared_distances(x, y) / bandwidth**2)
+        return namespace(x, y).exp(-0.5 * squared_distances(x, y) / scale**2)
 
     return _unbiased(kernel, a, b)
 
