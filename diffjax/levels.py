@@ -119,10 +119,10 @@ def ratio(numerator: Array, denominator: Array) -> Array:
     return xp.where(same, 1.0, xp.where(denominator == 0, xp.inf, numerator / safe))
 
 
-def combine(coefficients: Array, trees: tuple[Tree, ...]) -> Tree:
+def combine(coefficients: Any, trees: tuple[Tree, ...]) -> Tree:
     """``sum_k coefficients[k] * trees[k]``, leaf by leaf, in the dtype of the leaf.
 
-    ``coefficients`` has shape (K, ...) where the rest broadcasts against every leaf: a scalar per term, or one
+    ``coefficients`` are K arrays (or one, leading axis K) that broadcast against every leaf: a scalar per term, or one
     number per frame, pixel or mode.
     """
 

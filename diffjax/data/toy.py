@@ -17,7 +17,7 @@ from diffjax.data.sets import Batch
 Draw = Callable[[PRNGKeyArray], tuple[Float[Array, " 2"], Int[Array, ""]]]
 
 
-def moons(key: PRNGKeyArray, noise: float = 0.1) -> tuple[Float[Array, " 2"], Int[Array, ""]]:
+def moons(key: PRNGKeyArray, noise: float | int = 0.1) -> tuple[Float[Array, " 2"], Int[Array, ""]]:
     """Two interleaved half circles with Gaussian noise; the label (0, 1) tells which."""
     key_side, key_angle, key_noise = jax.random.split(key, 3)
     side = jax.random.bernoulli(key_side).astype(jnp.int32)
@@ -39,7 +39,7 @@ def checkerboard(key: PRNGKeyArray, cells: int = 4) -> tuple[Float[Array, " 2"],
     return (corner / cells - 0.5) * 12**0.5, row % 2
 
 
-def swiss_roll(key: PRNGKeyArray, noise: float = 0.05) -> tuple[Float[Array, " 2"], Int[Array, ""]]:
+def swiss_roll(key: PRNGKeyArray, noise: float | int = 0.05) -> tuple[Float[Array, " 2"], Int[Array, ""]]:
     """A spiral of one and a half turns; the label (0, 1, 2) is the half turn, from the inside."""
     key_angle, key_noise = jax.random.split(key)
     turn = 3 * jax.random.uniform(key_angle)
@@ -51,7 +51,7 @@ def swiss_roll(key: PRNGKeyArray, noise: float = 0.05) -> tuple[Float[Array, " 2
 
 
 def mixture(
-    key: PRNGKeyArray, modes: int = 8, radius: float = 1.4, scale: float = 0.15
+    key: PRNGKeyArray, modes: int = 8, radius: float | int = 1.4, scale: float | int = 0.15
 ) -> tuple[Float[Array, " 2"], Int[Array, ""]]:
     """`modes` equal Gaussians of standard deviation `scale` on a circle; the label is the mode."""
     key_mode, key_noise = jax.random.split(key)

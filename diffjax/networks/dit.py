@@ -27,7 +27,7 @@ from diffjax.networks.functional import Time, described
 class Block(nnx.Module):
     """Transformer block on (N, width) tokens, modulated by the embedding."""
 
-    def __init__(self, width: int, heads: int, ratio: float, context: list[int], **options: Any):
+    def __init__(self, width: int, heads: int, ratio: float | int, context: list[int], **options: Any):
         self.modulate = nnx.Linear(width, 6 * width, **(options | layers.ZERO))
         self.attention = layers.Attention(width, heads, **options)
         # One cross-attention for each token condition; zero output, so it starts silent too.
@@ -78,10 +78,10 @@ class DiT(nnx.Module):
         width: int = 128,
         depth: int = 4,
         heads: int = 4,
-        ratio: float = 4.0,
+        ratio: float | int = 4.0,
         condition: Any = None,
         output: int | None = None,
-        time_scale: float = 1000.0,
+        time_scale: float | int = 1000.0,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):

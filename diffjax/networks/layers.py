@@ -95,7 +95,7 @@ def conditions(spec: Any) -> tuple[Condition, ...]:
 
 
 def time_features(
-    t: Float[Array, ""], size: int, scale: float = 1000.0, period: float = 10000.0
+    t: Float[Array, ""], size: int, scale: float | int = 1000.0, period: float | int = 10000.0
 ) -> Float[Array, " size"]:
     """`cos` and `sin` of `scale * t * period**(-k / (size/2))`, k = 0 .. size/2 - 1."""
     rates = period ** (-jnp.arange(size // 2, dtype=jnp.float32) / (size // 2))
@@ -112,7 +112,7 @@ class Embedding(nnx.Module):
         specs: tuple[Condition, ...],
         *,
         features: int = 64,
-        time_scale: float = 1000.0,
+        time_scale: float | int = 1000.0,
         **options: Any,
     ):
         self.specs, self.features, self.time_scale = specs, features, time_scale

@@ -57,7 +57,7 @@ class MLP(nnx.Module):
         depth: int = 3,
         condition: Any = None,
         output: int | None = None,
-        time_scale: float = 100.0,
+        time_scale: float | int = 100.0,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):

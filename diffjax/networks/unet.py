@@ -81,7 +81,7 @@ class UNet(nnx.Module):
         embedding: int | None = None,
         condition: Any = None,
         output: int | None = None,
-        time_scale: float = 1000.0,
+        time_scale: float | int = 1000.0,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):

@@ -62,8 +62,9 @@ class Mixture:
         return means, z, v, c
 
     def _log_weights(self, z: Array, c: Array) -> Array:
-        log_prior = jnp.log(jnp.asarray(self.weights, z.dtype))
-        return log_prior - 0.5 * jnp.sum(z**2 / c + jnp.log(2 * jnp.pi * c), axis=-1)
+        # two sums: under vmap the second, with its logarithms, is the same for the whole batch
+        scale = jnp.log(jnp.asarray(self.weights, z.dtype)) - 0.5 * jnp.sum(jnp.log(2 * jnp.pi * c), axis=-1)
+        return scale - 0.5 * jnp.sum(z**2 * (1 / c), axis=-1)
 
     def _mean(self, responsibilities: Array, modes: Array, like: Array) -> Array:
         if self.vectors is None:
@@ -77,7 +78,7 @@ class Mixture:
         means, z, v, c = self._parts(x, level)
         responsibilities = jax.nn.softmax(self._log_weights(z, c))
         centre = (responsibilities @ means).reshape(x.shape)
-        return centre + self._mean(responsibilities, level.alpha * v / c * z, x)
+        return centre + self._mean(responsibilities, (level.alpha * v / c) * z, x)
 
     def responsibilities(self, x: Array, level: Level) -> Array:
         """The posterior probability of each component, shape (K,)."""

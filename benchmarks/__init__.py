@@ -1,0 +1,1 @@
+"""Benchmarks: ratios within one run, medians; results are committed with the device's name."""
