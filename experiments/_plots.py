@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -87,6 +84,12 @@ def image_grid(axes: Axes, images: Any, pad: int = 1) -> None:
     axes.spines[:].set_visible(False)
     axes.set_xticks([])
     axes.set_yticks([])
+    axes.tick_params(length=0)
+
+
+def headless() -> None:
+    """Draw to files only: no display is needed."""
+    plt.switch_backend("agg")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -209,6 +209,7 @@ def _guides(axes: Axes, curves: dict[str, Curve]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run with command-line arguments (default: those of the process)."""
     options = tyro.cli(Options, args=arguments, prog="python -m experiments.mixture", description=__doc__)
+    _plots.headless()
     options.out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     with jax.enable_x64(True):  # errors of 1e-7 are to be seen
