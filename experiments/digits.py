@@ -189,7 +189,7 @@ def load(folder: Path) -> Model:
     """
     record = training.checkpoint.describe(folder)
     apply, like = networks.functional(networks.build(record["architecture"], nnx.Rngs(0)))
-    return Model(apply, training.checkpoint.weights(folder, like))
+    return Model(apply, jax.device_get(training.checkpoint.weights(folder, like)))
 
 
 def denoiser(model: Model, label: Array, scale: float = 1.0) -> Any:

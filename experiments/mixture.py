@@ -94,7 +94,7 @@ def exact_flow(denoise: Mixture, process: Process, grid: Grid, x: Array, steps: 
 
     def one(x: Array) -> Array:
         y, _ = jax.lax.scan(step, x / grid.start.sigma, (jnp.asarray(w[:-1]), jnp.asarray(w[1:])))
-        level = process.level(half_log_snr=jnp.log(jnp.asarray(last)))
+        level = process.level(half_log_snr=np.log(last))
         return denoise(level.sigma * y, level) if to_data else level.sigma * y
 
     return jax.jit(jax.vmap(one))(x)

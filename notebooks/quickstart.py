@@ -60,8 +60,8 @@ def apply(params, x, t, condition=None):
 # %% [markdown]
 # ## Training
 #
-# The network predicts the flow's velocity. Loss, step and loop are plain functions; without `progress=False`, `fit` shows
-# the time left.
+# The network predicts the flow's velocity. Loss, step and loop are plain functions; without `progress=False`, `fit`
+# shows the time left.
 
 # %%
 prediction = diffjax.predictions.flow(process)
