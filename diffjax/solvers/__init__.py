@@ -1,7 +1,34 @@
 """Solvers: `ls` of this folder is the list of families, `__all__` the list of methods."""
 
+from diffjax.solvers.ancestral import dpm2_ancestral, dpmpp_2s_ancestral, dpmpp_sde, euler_ancestral
+from diffjax.solvers.cps import flow_cps
 from diffjax.solvers.ddim import ancestral, ddim
 from diffjax.solvers.dpm import dpmpp
+from diffjax.solvers.er_sde import er_sde
+from diffjax.solvers.reverse_sde import generalised_sde, heun_sde, ito, reverse_diffusion
 from diffjax.solvers.runge_kutta import euler, euler_maruyama, heun, midpoint
+from diffjax.solvers.seeds import seeds
+from diffjax.solvers.stochastic_adams import sa_solver, sde_dpmpp
 
-__all__ = ["ancestral", "ddim", "dpmpp", "euler", "euler_maruyama", "heun", "midpoint"]
+__all__ = [
+    "ancestral",
+    "ddim",
+    "dpm2_ancestral",
+    "dpmpp",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "er_sde",
+    "euler",
+    "euler_ancestral",
+    "euler_maruyama",
+    "flow_cps",
+    "generalised_sde",
+    "heun",
+    "heun_sde",
+    "ito",
+    "midpoint",
+    "reverse_diffusion",
+    "sa_solver",
+    "sde_dpmpp",
+    "seeds",
+]

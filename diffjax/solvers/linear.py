@@ -6,9 +6,11 @@ velocity or any other linear variable.  With S stages, H remembered readings and
     x_j = A_j . (x, v_1, ..., v_{j-1}, h_1, ..., h_H, z_1, ..., z_Z)        for the stages j = 2 .. S, with x_1 = x
     x'  = B   . (x, v_1, ..., v_S,     h_1, ..., h_H, z_1, ..., z_Z)
 
-after which v_1 becomes h_1.  A *method* is whatever fills the coefficients in: a value with ``table(grid)``, written
-once for NumPy in float64 and for traced grids.  Euler, DDIM, ancestral sampling, exponential multistep and Runge-Kutta
-methods, deterministic or stochastic, differ in nothing but their numbers.
+after which v_1 becomes h_1.  Methods that add noise before their first call have an *entry*,
+x_1 = A_1 . (x, h_1, ..., h_H, z_1, ..., z_Z).  A *method* is whatever fills the coefficients in: a value with
+``table(grid)``, written once for NumPy in float64 and for traced grids, and ``refine(grid)`` where it needs rows that
+the grid does not have (start-up steps, several rows a step).  Euler, DDIM, ancestral sampling, exponential multistep
+and Runge-Kutta methods, deterministic or stochastic, differ in nothing but their numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Table(NamedTuple):
     """The coefficients of every row, leading axis R; the rest broadcasts against the state.
 
     ``out`` (R, 1 + S + H + Z, ...); ``stages[j]`` (R, 1 + j + 1 + H + Z, ...) for the (j + 2)-nd stage;
-    ``levels[j]`` its level; ``reads`` (R, S, 2, ...) the pairs (p, q), or None where the reading is x0 itself.
+    ``levels[j]`` its level; ``reads`` (R, S, 2, ...) the pairs (p, q), or None where the reading is x0 itself;
+    ``entry`` (R, 1 + H + Z, ...) the state of the first call, or None where that is the state itself.
     In a plan the second axes are tuples of columns.
     """
 
@@ -34,11 +37,16 @@ class Table(NamedTuple):
     stages: tuple[Any, ...] = ()
     levels: tuple[Level, ...] = ()
     reads: Any = None
+    entry: Any = None
 
 
 @value
 class Linear:
-    """A solver defined by a table; see the module."""
+    """A solver defined by a table; see the module.
+
+    ``order`` is that of the deterministic part; ``weak_order`` that of the law of a stochastic method (moments), and
+    equal to ``order`` where it is None.
+    """
 
     method: Any
     order: int = static()
@@ -46,6 +54,7 @@ class Linear:
     history: int = static(default=0)
     draws: int = static(default=0)
     embedded: bool = static(default=False)
+    weak_order: int | None = static(default=None)
 
     def __repr__(self) -> str:
         return repr(self.method)
@@ -53,16 +62,26 @@ class Linear:
     def plan(self, grid: Grid) -> Row:
         method, grid = (self.method, grid) if is_traced(self.method, grid) else (self.method, concrete(grid))
         check(self, grid)
+        if hasattr(method, "refine"):  # rows for start-up, or several rows a step
+            grid = method.refine(grid)
         return Row(grid.t, grid.s, _columns(method.table(grid)))
 
     def init(self, x: Tree) -> Tree:
         return (jax.tree.map(jnp.zeros_like, x),) * self.history
 
     def update(self, noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
-        """The step of a one-call method once the clean estimate is known: ``(x, memory)``."""
+        """The step of a one-call method once the clean estimate is known: ``(x, memory)``.
+
+        The estimate is that of `entered`, which is ``x`` itself for a method without an entry.
+        """
         table = row.coefficients
-        reading = _read(table, 0, x, x0)
+        reading = _read(table, 0, self.entered(noise, x, memory, row), x0)
         return combine(table.out, (x, reading, *memory, *noise)), _push(memory, reading)
+
+    def entered(self, noise: tuple[Tree, ...], x: Tree, memory: Tree, row: Row) -> Tree:
+        """The state at which the first call of a row is made."""
+        entry = row.coefficients.entry
+        return x if entry is None else combine(entry, (x, *memory, *noise))
 
     def kernel(self, x: Tree, x0: Tree, row: Row) -> tuple[Tree, Array]:
         """Mean and standard deviation of the next state of a one-call, one-step, one-draw method."""
@@ -73,8 +92,9 @@ class Linear:
         self, noise: tuple[Tree, ...], denoise: Callable[[Tree, Level], Tree], x: Tree, memory: Tree, row: Row
     ) -> tuple[Tree, Tree, Info]:
         table = row.coefficients
-        x0 = denoise(x, row.t)
-        readings = [_read(table, 0, x, x0)]
+        first = self.entered(noise, x, memory, row)
+        x0 = denoise(first, row.t)
+        readings = [_read(table, 0, first, x0)]
         for j in range(self.calls - 1):
             stage = combine(table.stages[j], (x, *readings, *memory, *noise))
             readings.append(_read(table, j + 1, stage, denoise(stage, table.levels[j])))
@@ -92,7 +112,8 @@ def _columns(table: Table) -> Table:
         return tuple(array[:, k] for k in range(array.shape[1]))
 
     reads = None if table.reads is None else tuple(split(part) for part in split(table.reads))
-    return table._replace(out=split(table.out), stages=tuple(map(split, table.stages)), reads=reads)
+    entry = None if table.entry is None else split(table.entry)
+    return table._replace(out=split(table.out), stages=tuple(map(split, table.stages)), reads=reads, entry=entry)
 
 
 def _read(table: Table, stage: int, x: Tree, x0: Tree) -> Tree:
