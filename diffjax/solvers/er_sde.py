@@ -18,7 +18,7 @@ import numpy as np
 from diffjax.levels import Array, Grid, namespace, ratio, rise, static, value
 from diffjax.solvers.arguments import Function, choice, integer
 from diffjax.solvers.linear import Linear, Table
-from diffjax.solvers.multistep import Law, multistep, started
+from diffjax.solvers.newton import Law, multistep, started
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 _NODES, _WEIGHTS = 0.5 * (_NODES + 1), 0.5 * _WEIGHTS

@@ -18,7 +18,7 @@ import numpy as np
 from diffjax.levels import Array, Grid, Level, namespace, ratio, rise, static, value
 from diffjax.solvers.arguments import choice, integer, is_zero, number, number_or_function
 from diffjax.solvers.linear import Linear, Table
-from diffjax.solvers.multistep import Law, exponential_moments, history, multistep, started
+from diffjax.solvers.newton import Law, exponential_moments, history, multistep, started
 
 
 def sde_dpmpp(order: int = 2, eta: Array = 1.0, form: str = "midpoint") -> Linear:
