@@ -7,7 +7,7 @@ See docs/design.md for the vocabulary and README.md for the first steps.
 
 from diffjax import grids, guidance, modifiers, oracles, predictions, processes, solvers
 from diffjax.levels import Grid, Info, Level, Process, Row, Sample, Solver
-from diffjax.samplers import sample, sample_many
+from diffjax.samplers import parallel, sample, sample_many
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "guidance",
     "modifiers",
     "oracles",
+    "parallel",
     "predictions",
     "processes",
     "sample",

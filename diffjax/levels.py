@@ -101,7 +101,8 @@ def arrays(time: Array, *parameters: Array) -> tuple[Any, ...]:
     dtype of ``time``.  A schedule written on the result serves both the plan and traced code.
     """
     if isinstance(time, jax.Array) or is_traced(time, parameters):
-        time = jnp.asarray(time, jnp.result_type(time, jnp.float32))
+        # by its dtype: a weakly typed float64 (any Python number under x64) is not to become float32
+        time = jnp.asarray(time, jnp.promote_types(jnp.asarray(time).dtype, jnp.float32))
         return jnp, time, *(jnp.asarray(p, time.dtype) for p in parameters)
     return np, np.asarray(time, np.float64), *(np.asarray(p, np.float64) for p in parameters)
 
@@ -117,6 +118,13 @@ def ratio(numerator: Array, denominator: Array) -> Array:
     same = xp.equal(numerator, denominator)
     safe = xp.where(same | (denominator == 0), 1.0, denominator)
     return xp.where(same, 1.0, xp.where(denominator == 0, xp.inf, numerator / safe))
+
+
+def root(square: Array) -> Array:
+    """``sqrt(max(square, 0))`` whose derivative at 0 is 0, not infinite: where nothing is added nothing is learned."""
+    xp = namespace(square)
+    positive = square > 0
+    return xp.where(positive, xp.sqrt(xp.where(positive, square, 1.0)), 0.0)
 
 
 def combine(coefficients: Any, trees: tuple[Tree, ...]) -> Tree:
@@ -339,7 +347,7 @@ def joins(grid: Grid) -> tuple[Array, Array]:
     sigma = xp.concatenate([grid.start.sigma[None], grid.s.sigma[:-1]])
     keep = ratio(grid.t.alpha, alpha)
     variance = grid.t.sigma**2 - (keep * sigma) ** 2
-    std = xp.sqrt(xp.maximum(variance, 0.0)) * grid.inflation
+    std = root(variance) * grid.inflation
     one = xp.ones_like(keep[:1])
     return xp.concatenate([keep, one]), xp.concatenate([std, 0.0 * one])
 

@@ -58,11 +58,13 @@ def log_snr(
     from_nothing = process.level(first).alpha == 0
     high = (1 - 1e-3) * first if from_nothing else first
     inner = steps - int(last_step) - int(from_nothing)
-    if inner < 0 or (inner == 0 and not (last_step and from_nothing) and not last_step):
+    if steps == 1 and last_step:
+        return times(process, [first, last])
+    if inner < 0 or (inner == 0 and not last_step):
         raise ValueError(f"steps must leave one uniform step beside the ones at the ends, got {steps!r}.")
     ends = process.level(np.stack([high, low])).half_log_snr
     if inner == 0:
-        return times(process, [first, last] if steps == 1 else [first, high, last])
+        return times(process, [first, high, last])
     inside = process.level(half_log_snr=np.linspace(ends[0], ends[1], inner + 1)).time
     inside = _ends(inside, high, low)
     return times(process, [first] * bool(from_nothing) + list(inside) + [last] * bool(last_step))

@@ -86,7 +86,31 @@ def sample(
     Array(8, dtype=int32)
     """
     save = (save,) if isinstance(save, str) else tuple(save)
-    _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every)
+    if not set(save) <= set(SAVES):
+        raise ValueError(f"save must be among {SAVES}, got {save!r}.")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an integer of at least 1, got {every!r}.")
+    noise_key, x, rows, solver = prepare(key, denoise, solver, grid, shape, x, start, dtype)
+    options = Options(save, every, final_denoise, progress, remat, normal_noise if noise is None else noise)
+    if not is_value(denoise):
+        if is_traced(key, x, rows):  # a closure may hold tracers of the caller, which must not enter a cache
+            return _run(noise_key, x, Function(denoise), solver, rows, options)
+        denoise = Function(denoise)
+    return _compiled(noise_key, x, denoise, solver, rows, options)
+
+
+def prepare(
+    key: Array,
+    denoise: Any,
+    solver: Solver,
+    grid: Grid,
+    shape: tuple[int, ...] | None,
+    x: Tree | None,
+    start: Array | None,
+    dtype: Any,
+) -> tuple[Array, Tree, Row, Solver]:
+    """What every driver over rows begins with: ``(noise key, state at the first row, rows, solver)``, all checked."""
+    _check_arguments(denoise, solver, grid, shape, x, start, dtype)
     prior_key, noise_key = jax.random.split(key)
     if grid.gaps:
         solver = renoised(solver)
@@ -107,12 +131,7 @@ def sample(
         x = _noised(prior_key, x, *join)
     kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).dtype
     rows = jax.tree.map(lambda leaf: (jnp.asarray if is_traced(leaf) else np.asarray)(leaf, kind), rows)
-    options = Options(save, every, final_denoise, progress, remat, normal_noise if noise is None else noise)
-    if not _is_value(denoise):
-        if is_traced(key, x, rows):  # a closure may hold tracers of the caller, which must not enter a cache
-            return _run(noise_key, x, Function(denoise), solver, rows, options)
-        denoise = Function(denoise)
-    return _compiled(noise_key, x, denoise, solver, rows, options)
+    return noise_key, x, rows, solver
 
 
 class Options(NamedTuple):
@@ -290,11 +309,12 @@ def _first_step(grid: Grid, start: Array) -> int:
     return int(np.argmax(below))
 
 
-def _is_value(denoise: Any) -> bool:
+def is_value(denoise: Any) -> bool:
+    """Whether a denoiser is a pytree, not a plain function."""
     return not jax.tree_util.treedef_is_leaf(jax.tree.structure(denoise))
 
 
-def _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every) -> None:
+def _check_arguments(denoise, solver, grid, shape, x, start, dtype) -> None:
     if not isinstance(grid, Grid):
         raise ValueError(f"grid must be a Grid (see diffjax.grids), got {grid!r}.")
     if not isinstance(solver, Solver):
@@ -307,7 +327,3 @@ def _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every)
         raise ValueError(f"start={start!r} needs x, the clean data to be noised.")
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
         raise ValueError(f"dtype must be float32 or wider (networks may cast inside), got {dtype!r}.")
-    if not set(save) <= set(SAVES):
-        raise ValueError(f"save must be among {SAVES}, got {save!r}.")
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an integer of at least 1, got {every!r}.")

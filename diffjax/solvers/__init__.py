@@ -1,6 +1,6 @@
 """Solvers: `ls` of this folder is the list of families, `__all__` the list of methods."""
 
-from diffjax.solvers.accelerated import accelerated_ddim, accelerated_ddpm
+from diffjax.solvers.accelerated_ddpm import accelerated_ddpm
 from diffjax.solvers.ancestral import dpm2_ancestral, dpmpp_2s_ancestral, dpmpp_sde, euler_ancestral
 from diffjax.solvers.cps import flow_cps
 from diffjax.solvers.ddim import ancestral, ddim
@@ -14,7 +14,6 @@ from diffjax.solvers.seeds import seeds
 from diffjax.solvers.stochastic_adams import sa_solver, sde_dpmpp
 
 __all__ = [
-    "accelerated_ddim",
     "accelerated_ddpm",
     "adjusted_ddim",
     "ancestral",

@@ -8,7 +8,7 @@ map marginals of the process to marginals, so that the order of the deterministi
 
 from __future__ import annotations
 
-from diffjax.levels import Array, Grid, namespace, ratio, rise, static, value
+from diffjax.levels import Array, Grid, namespace, ratio, rise, root, static, value
 from diffjax.solvers.arguments import is_zero, number
 from diffjax.solvers.coefficients import exponential, noise_reading, stochastic_exponential
 from diffjax.solvers.linear import Linear, Table, stack
@@ -65,7 +65,7 @@ def _ancestral(name: str, eta: Array, noise_scale: Array, order: int, calls: int
     method = Ancestral(name, eta, noise_scale)
     if is_zero(eta):
         return Linear(method, order=order, calls=calls)
-    return Linear(method, order=order, calls=calls, draws=1)
+    return Linear(method, order=order, calls=calls, draws=1, weak_order=order)
 
 
 @value
@@ -126,7 +126,7 @@ def dpmpp_sde(eta: Array = 1.0, r: Array = 0.5, noise_scale: Array = 1.0) -> Lin
     method = DPMPPSDE(eta, r, noise_scale)
     if is_zero(eta):
         return Linear(method, order=2, calls=2)
-    return Linear(method, order=2, calls=2, draws=2)
+    return Linear(method, order=2, calls=2, draws=2, weak_order=2)
 
 
 @value
@@ -151,7 +151,7 @@ class DPMPPSDE:
         # the part of the step's noise that is the stage's noise, carried on
         carried = stochastic_exponential(middle, s, eta)[0] * stage[2]
         first = xp.where(fine, xp.minimum(carried, std), 0.0)
-        rest = xp.sqrt(xp.maximum(std**2 - first**2, 0.0))
+        rest = root(std**2 - first**2)
         scale = self.noise_scale
         zero = xp.zeros_like(std)
         return Table(

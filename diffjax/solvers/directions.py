@@ -1,7 +1,7 @@
 """DDIM with its direction changed: Levenberg-Marquardt-Langevin and adjusted DDIM, nonlinear in the prediction.
 
-Both replace the noise estimate eps of ``x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std z`` by a multiple or a
-rotation of it that depends on inner products over the whole sample.
+Both replace the noise estimate eps of ``x_s = alpha_s x0 + sigma_s eps`` by a multiple or a rotation of it that depends
+on inner products over the whole sample.
 """
 
 from __future__ import annotations
@@ -13,9 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.levels import Array, Grid, Info, Level, Row, Tree, combine, concrete, is_traced, namespace, static, value
+from diffjax.levels import (
+    Array,
+    Grid,
+    Info,
+    Level,
+    Row,
+    Tree,
+    combine,
+    concrete,
+    is_traced,
+    namespace,
+    root,
+    static,
+    value,
+)
 from diffjax.solvers.arguments import Function, choice, is_zero, number
-from diffjax.solvers.coefficients import noise_reading, stochastic_exponential
+from diffjax.solvers.coefficients import exponential, noise_reading
 from diffjax.solvers.linear import check
 from diffjax.solvers.newton import chain, usable
 
@@ -23,13 +37,13 @@ from diffjax.solvers.newton import chain, usable
 class Direction(NamedTuple):
     """DDIM's coefficients, the reading of eps, its factor in the step, and what the method adds."""
 
-    ddim: tuple[Array, Array, Array]
+    ddim: tuple[Array, Array]
     reading: tuple[Array, Array]
     factor: Array
     extra: Array
 
 
-def lml(damping: Array = 5.0, kappa: Array = 0.5, eta: Array = 0.0, form: str = "whole") -> LML:
+def lml(damping: Array = 5.0, kappa: Array = 0.5, form: str = "whole") -> LML:
     """DDIM along a Levenberg-Marquardt-Langevin direction.
 
     With v = eps and ``w = kappa v_before + (1 - kappa) v``, the inverse of the damped rank-one Hessian w w^T gives
@@ -41,7 +55,6 @@ def lml(damping: Array = 5.0, kappa: Array = 0.5, eta: Array = 0.0, form: str = 
         damping: above 0, to be compared with |eps|^2, which is about the number of entries: small values extrapolate
             the direction away from the one before by kappa |eps|^2 / damping.
         kappa: the weight of the direction before, in [0, 1).
-        eta: DDIM's amount of noise, in [0, 1].
         form: "whole" also takes the clean estimate from the new direction; "noise_term", as the public code does with
             DDIM, only the term with eps: a change that does not shrink with the step, so that more steps do not
             converge for kappa > 0.
@@ -50,33 +63,31 @@ def lml(damping: Array = 5.0, kappa: Array = 0.5, eta: Array = 0.0, form: str = 
     Unleashing High-Quality Image Generation in Diffusion Sampling Using Second-Order Levenberg-Marquardt-Langevin,
     arXiv:2505.24222.
 
-    Raises ValueError unless damping > 0, 0 <= kappa < 1, 0 <= eta <= 1 and form is one of the two.
+    Raises ValueError unless damping > 0, 0 <= kappa < 1 and form is one of the two.
 
     >>> lml(kappa=0.2)
-    lml(damping=5.0, kappa=0.2, eta=0.0, form='whole')
+    lml(damping=5.0, kappa=0.2, form='whole')
     """
     number("damping", damping, 1e-12)
     number("kappa", kappa, 0.0, 1.0)
     if not is_traced(kappa) and kappa == 1:
         raise ValueError(f"kappa must be below 1, got {kappa!r}.")
-    number("eta", eta, 0.0, 1.0)
     choice("form", form, ("whole", "noise_term"))
-    return LML(damping, kappa, eta, form, 0 if is_zero(eta) else 1)
+    return LML(damping, kappa, form)
 
 
 @value
 class LML:
     damping: Array
     kappa: Array
-    eta: Array
     form: str = static()
-    draws: int = static()
-    factory = "lml"
     calls = 1
+    draws = 0
     embedded = False
+    couples = True  # one entry's step depends on all others
 
     def __repr__(self) -> str:
-        return f"lml(damping={self.damping}, kappa={self.kappa}, eta={self.eta}, form={self.form!r})"
+        return f"lml(damping={self.damping}, kappa={self.kappa}, form={self.form!r})"
 
     @property
     def order(self) -> int:
@@ -87,24 +98,25 @@ class LML:
         check(self, grid)
         # the weight of the direction before; 0 where there is none
         kappa = namespace(grid.t, self.kappa).where(chain(grid, 1)[0], self.kappa, 0.0)
-        return _plan(grid, self.eta, kappa, self.form == "whole")
+        return _plan(grid, kappa, self.form == "whole")
 
     def init(self, x: Tree) -> Tree:
         return jax.tree.map(jnp.zeros_like, x)
 
     def update(self, noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
+        del noise
         c: Direction = row.coefficients
         v = combine(c.reading, (x, x0))
         w = combine((c.extra, 1 - c.extra), (memory, v))
         turned = combine((1.0, -_dot(v, w) / (self.damping + _dot(w, w))), (v, w))
         length, before = _dot(turned, turned), _dot(v, v)
         # at kappa = 0 the two are parallel: nothing is to be computed, and nothing lost
-        change = jnp.where(jnp.all(c.extra == 0) | (length == 0), 0.0, 1.0)
-        scale = jnp.sqrt(before / jnp.where(length == 0, 1.0, length))
-        mean = combine(c.ddim[:2], (x, x0))
+        xp = namespace(x, c)
+        change = xp.where(xp.all(c.extra == 0) | (length == 0), 0.0, 1.0)
+        scale = root(before / xp.where(length == 0, 1.0, length))
+        mean = combine(c.ddim, (x, x0))
         change = change * c.factor
-        out = combine((1.0, change * scale, -change), (mean, turned, v))
-        return (combine((1.0, c.ddim[2]), (out, noise[0])) if noise else out), v
+        return combine((1.0, change * scale, -change), (mean, turned, v)), v
 
     def step(
         self, noise: tuple[Tree, ...], denoise: Callable[[Tree, Level], Tree], x: Tree, memory: Tree, row: Row
@@ -142,6 +154,7 @@ class AdjustedDDIM:
     calls = 1
     draws = 0
     embedded = False
+    couples = True
 
     def __repr__(self) -> str:
         default = self.variance is _default_variance
@@ -152,9 +165,9 @@ class AdjustedDDIM:
         check(self, grid)
         t, s = grid.t, grid.s
         xp = namespace(t)
-        weight = stochastic_exponential(t, s, xp.asarray(0.0))[1]
+        weight = exponential(t, s)[1]
         missing = weight**2 * Function(self.variance)(t)
-        return _plan(grid, 0.0, xp.where(s.sigma == 0, 0.0, missing))
+        return _plan(grid, xp.where(s.sigma == 0, 0.0, missing))
 
     def init(self, x: Tree) -> Tree:
         del x
@@ -165,11 +178,11 @@ class AdjustedDDIM:
         c: Direction = row.coefficients
         eps = combine(c.reading, (x, x0))
         square = _dot(eps, eps) / sum(np.size(leaf) for leaf in jax.tree.leaves(eps))
-        more = c.extra / jnp.where(square == 0, 1.0, square)
-        # sqrt(sigma_s^2 + more) - sigma_s
-        root = jnp.sqrt(row.s.sigma**2 + more) + row.s.sigma
-        longer = more / jnp.where(root == 0, 1.0, root)
-        return combine((1.0, longer), (combine(c.ddim[:2], (x, x0)), eps)), memory
+        xp = namespace(x, c)
+        more = c.extra / xp.where(square == 0, 1.0, square)
+        total = root(row.s.sigma**2 + more) + row.s.sigma
+        longer = more / xp.where(total == 0, 1.0, total)  # sqrt(sigma_s^2 + more) - sigma_s
+        return combine((1.0, longer), (combine(c.ddim, (x, x0)), eps)), memory
 
     def step(
         self, noise: tuple[Tree, ...], denoise: Callable[[Tree, Level], Tree], x: Tree, memory: Tree, row: Row
@@ -178,18 +191,15 @@ class AdjustedDDIM:
         return *self.update(noise, x, x0, memory, row), Info(x0)
 
 
-def _plan(grid: Grid, eta: Array, extra: Array, whole: bool = False) -> Row:
-    xp = namespace(grid.t, eta)
+def _plan(grid: Grid, extra: Array, whole: bool = False) -> Row:
     t, s = grid.t, grid.s
-    ddim = stochastic_exponential(t, s, xp.asarray(eta))
-    factor = xp.sqrt(xp.maximum(s.sigma**2 - ddim[2] ** 2, 0.0))
-    if whole:
-        factor = factor - s.alpha * t.sigma / xp.where(t.alpha == 0, 1.0, t.alpha)
+    xp = namespace(t, extra)
+    factor = s.sigma - s.alpha * t.sigma / xp.where(t.alpha == 0, 1.0, t.alpha) if whole else s.sigma
     factor = xp.where(usable(grid), factor, 0.0)
-    return Row(grid.t, grid.s, Direction(ddim, noise_reading(grid.t), factor, extra))
+    return Row(t, s, Direction(exponential(t, s), noise_reading(t), factor, extra))
 
 
 def _dot(a: Tree, b: Tree) -> Array:
     """The inner product over all entries of all leaves."""
-    products = jax.tree.map(lambda u, v: jnp.sum(u * v), a, b)
+    products = jax.tree.map(lambda u, v: (u * v).sum(), a, b)
     return sum(jax.tree.leaves(products))

@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from diffjax.levels import Array, Grid, namespace, ratio, rise, static, value
+from diffjax.levels import Array, Grid, namespace, ratio, rise, root, static, value
 from diffjax.solvers.arguments import Function, choice, integer
 from diffjax.solvers.linear import Linear, Table
-from diffjax.solvers.newton import Law, multistep, started
+from diffjax.solvers.newton import Law, history, multistep
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 _NODES, _WEIGHTS = 0.5 * (_NODES + 1), 0.5 * _WEIGHTS
@@ -49,7 +49,7 @@ def er_sde(order: int = 3, phi: str | Callable[[Array], Array] = "sde_5", form: 
             for arrays, for which phi(r) / r does not decrease.
         form: "interpolation" takes D as the polynomial in r through the last ``order`` clean estimates; "taylor" is
             the paper's: derivatives by backward differences at the newest estimate, which makes its third-order
-            method one of order 2.  "interpolation" of order 3 splits the first step in two, one further call.
+            method one of order 2.  "interpolation" of order 3 corrects its first step afterwards.
 
     One denoiser call a step; order ``order`` ("taylor": at most 2) for "ode", weak order at most 2 otherwise.
     Elucidating the solution space of extended reverse-time SDE for diffusion models, arXiv:2309.06169, appendix
@@ -67,7 +67,7 @@ def er_sde(order: int = 3, phi: str | Callable[[Array], Array] = "sde_5", form: 
     deterministic = isinstance(phi, str) and phi == "ode"
     method = ERSDE(order, phi if isinstance(phi, str) else Function(phi), form)
     reached = order if form == "interpolation" else min(order, 2)
-    past = 3 if method.repaired else order - 1
+    past = history(order) if form == "interpolation" else order - 1
     if deterministic:
         return Linear(method, order=reached, history=past)
     return Linear(method, order=reached, history=past, draws=1, weak_order=min(order, 2))
@@ -82,13 +82,6 @@ class ERSDE:
     def __repr__(self) -> str:
         return f"er_sde(order={self.order}, phi={self.phi}, form={self.form!r})"
 
-    @property
-    def repaired(self) -> bool:
-        return self.order == 3 and self.form == "interpolation"
-
-    def refine(self, grid: Grid) -> Grid:
-        return started(grid) if self.repaired else grid
-
     def scale(self, r: Array) -> Array:
         """phi(r) / r."""
         return NOISE_SCALES[self.phi](r) if isinstance(self.phi, str) else self.phi(r) / r
@@ -96,9 +89,6 @@ class ERSDE:
     def table(self, grid: Grid) -> Table:
         noise = self.phi != "ode"
         law = _law(grid, self)
-        if self.repaired:
-            first = (np.arange(len(grid)) == 0).reshape((-1,) + (1,) * (grid.t.alpha.ndim - 1))
-            return multistep(grid, law, 3, 2, correct=first, noise=noise)
         return multistep(grid, law, self.order, truncated=self.form == "taylor", noise=noise)
 
 
@@ -125,4 +115,4 @@ def _law(grid: Grid, method: ERSDE) -> Law:
     moments = [1 - rho] + [1 - m * xp.sum(theta ** (m - 1) * inverse, axis=0) for m in (1, 2, 3)]
     moments = [xp.where(last, 1.0, m) for m in moments]
     keep = xp.where(last, 0.0, ratio(s.sigma, t.sigma) * kept)
-    return Law(keep, s.sigma * xp.sqrt(1 - kept**2), (start, end), moments)
+    return Law(keep, s.sigma * root(1 - kept**2), (start, end), moments)

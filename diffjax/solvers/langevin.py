@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from diffjax.levels import Array, Grid, namespace, rise, static, value
+from diffjax.levels import Array, Grid, namespace, rise, root, static, value
 from diffjax.solvers.arguments import integer, number
 from diffjax.solvers.coefficients import stochastic_exponential
 from diffjax.solvers.linear import Linear, Table, stack
@@ -40,7 +40,7 @@ class AnnealedLangevin:
     step_size: Array
     factory = "annealed_langevin"
 
-    def refine(self, grid: Grid) -> Grid:
+    def rows(self, grid: Grid) -> Grid:
         """Every level ``steps`` times, the last of which goes on to the next."""
         xp = namespace(grid.t)
 
@@ -52,6 +52,7 @@ class AnnealedLangevin:
         return dataclasses.replace(grid, t=t, s=jax.tree.map(repeated, grid.t, grid.s))
 
     def table(self, grid: Grid) -> Table:
+        grid = self.rows(grid)
         t, s = grid.t, grid.s
         xp = namespace(t, self.step_size)
         # an entry that does not move in the grid's own step is left alone
@@ -61,6 +62,6 @@ class AnnealedLangevin:
         singular = leaves & ((t.alpha == 0) | (s.sigma == 0))
         growth = xp.where(leaves & ~singular, s.alpha / xp.where(t.alpha == 0, 1.0, t.alpha), 1.0)
         d = xp.where(moves, self.step_size, 0.0)
-        columns = (growth * (1 - 0.5 * d), growth * 0.5 * d * t.alpha, growth * t.sigma * xp.sqrt(d))
+        columns = (growth * (1 - 0.5 * d), growth * 0.5 * d * t.alpha, growth * t.sigma * root(d))
         exact = stochastic_exponential(t, s, xp.asarray(1.0))
-        return Table(stack(*(xp.where(singular, a, b) for a, b in zip(exact, columns, strict=True))))
+        return Table(stack(*(xp.where(singular, a, b) for a, b in zip(exact, columns, strict=True))), ends=(t, s))

@@ -8,9 +8,8 @@ velocity or any other linear variable.  With S stages, H remembered readings and
 
 after which v_1 becomes h_1.  Methods that add noise before their first call have an *entry*,
 x_1 = A_1 . (x, h_1, ..., h_H, z_1, ..., z_Z).  A *method* is whatever fills the coefficients in: a value with
-``table(grid)``, written once for NumPy in float64 and for traced grids, and ``refine(grid)`` where it needs rows that
-the grid does not have (start-up steps, several rows a step).  Euler, DDIM, ancestral sampling, exponential multistep
-and Runge-Kutta methods, deterministic or stochastic, differ in nothing but their numbers.
+``table(grid)``, written once for NumPy in float64 and for traced grids.  Euler, DDIM, ancestral sampling, exponential
+multistep and Runge-Kutta methods, deterministic or stochastic, differ in nothing but their numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ class Table(NamedTuple):
     ``out`` (R, 1 + S + H + Z, ...); ``stages[j]`` (R, 1 + j + 1 + H + Z, ...) for the (j + 2)-nd stage;
     ``levels[j]`` its level; ``reads`` (R, S, 2, ...) the pairs (p, q), or None where the reading is x0 itself;
     ``entry`` (R, 1 + H + Z, ...) the state of the first call, or None where that is the state itself.
-    In a plan the second axes are tuples of columns.
+    ``ends`` are the levels (t, s) of the rows where they are not simply the grid's steps (start-up rows).  In a plan
+    the second axes are tuples of columns.
     """
 
     out: Any
@@ -38,14 +38,15 @@ class Table(NamedTuple):
     levels: tuple[Level, ...] = ()
     reads: Any = None
     entry: Any = None
+    ends: tuple[Level, Level] | None = None
 
 
 @value
 class Linear:
     """A solver defined by a table; see the module.
 
-    ``order`` is that of the deterministic part; ``weak_order`` that of the law of a stochastic method (moments), and
-    equal to ``order`` where it is None.
+    ``order`` is that of the deterministic part, ``weak_order`` that of the law of a stochastic method; ``entry`` says
+    that the first call is not at the state itself.
     """
 
     method: Any
@@ -54,7 +55,8 @@ class Linear:
     history: int = static(default=0)
     draws: int = static(default=0)
     embedded: bool = static(default=False)
-    weak_order: int | None = static(default=None)
+    weak_order: int = static(default=1)
+    entry: bool = static(default=False)
 
     def __repr__(self) -> str:
         return repr(self.method)
@@ -62,29 +64,39 @@ class Linear:
     def plan(self, grid: Grid) -> Row:
         method, grid = (self.method, grid) if is_traced(self.method, grid) else (self.method, concrete(grid))
         check(self, grid)
-        if hasattr(method, "refine"):  # rows for start-up, or several rows a step
-            grid = method.refine(grid)
-        return Row(grid.t, grid.s, _columns(method.table(grid)))
+        table = method.table(grid)
+        t, s = (grid.t, grid.s) if table.ends is None else table.ends
+        return Row(t, s, _columns(table._replace(ends=None)))
 
     def init(self, x: Tree) -> Tree:
         return (jax.tree.map(jnp.zeros_like, x),) * self.history
 
-    def update(self, noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
-        """The step of a one-call method once the clean estimate is known: ``(x, memory)``.
+    @property
+    def update(self) -> Callable[[tuple[Tree, ...], Tree, Tree, Tree, Row], tuple[Tree, Tree]]:
+        """``(noise, x, x0, memory, row) -> (x, memory)``, the step once the clean estimate is known.
 
-        The estimate is that of `entered`, which is ``x`` itself for a method without an entry.
+        Only methods of one call, which is made at the state itself, have it: `hasattr` tells.
         """
+        if self.calls != 1 or self.entry:
+            raise AttributeError(f"{self!r} has no update: that takes one denoiser call a step, at the state itself.")
+        return self._update
+
+    @property
+    def kernel(self) -> Callable[[Tree, Tree, Row], tuple[Tree, Array]]:
+        """``(x, x0, row) -> (mean, std)`` of the next state.
+
+        Only methods of one call, one draw and no history have it: `hasattr` tells.
+        """
+        if (self.calls, self.history, self.draws) != (1, 0, 1) or self.entry:
+            raise AttributeError(f"{self!r} has no kernel: that takes one call, one draw and no history.")
+        return self._kernel
+
+    def _update(self, noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
         table = row.coefficients
-        reading = _read(table, 0, self.entered(noise, x, memory, row), x0)
+        reading = _read(table, 0, x, x0)
         return combine(table.out, (x, reading, *memory, *noise)), _push(memory, reading)
 
-    def entered(self, noise: tuple[Tree, ...], x: Tree, memory: Tree, row: Row) -> Tree:
-        """The state at which the first call of a row is made."""
-        entry = row.coefficients.entry
-        return x if entry is None else combine(entry, (x, *memory, *noise))
-
-    def kernel(self, x: Tree, x0: Tree, row: Row) -> tuple[Tree, Array]:
-        """Mean and standard deviation of the next state of a one-call, one-step, one-draw method."""
+    def _kernel(self, x: Tree, x0: Tree, row: Row) -> tuple[Tree, Array]:
         table = row.coefficients
         return combine(table.out[:2], (x, _read(table, 0, x, x0))), table.out[2]
 
@@ -92,7 +104,7 @@ class Linear:
         self, noise: tuple[Tree, ...], denoise: Callable[[Tree, Level], Tree], x: Tree, memory: Tree, row: Row
     ) -> tuple[Tree, Tree, Info]:
         table = row.coefficients
-        first = self.entered(noise, x, memory, row)
+        first = x if table.entry is None else combine(table.entry, (x, *memory, *noise))
         x0 = denoise(first, row.t)
         readings = [_read(table, 0, first, x0)]
         for j in range(self.calls - 1):

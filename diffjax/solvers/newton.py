@@ -12,15 +12,15 @@ noise-to-signal ratio).  D is replaced by the polynomial through known estimates
 so that each further node adds one term, and needs the *moments* ``int theta^m dnu`` alone.  A predictor of order p
 uses the estimates at t and at p - 1 levels before it; a corrector of order c those at s, t and c - 2 levels before.
 Corrected states need no memory of states: the corrected one is the predicted one plus differences of weights.
+
+Start-up: after a gap the orders grow by one a step.  A first step of order 1 leaves a method of order 3 at order 2, so
+the next row corrects it with a corrector of order 2, also where the method has none: no further call is needed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
-
-import jax
 
 from diffjax.levels import Array, Grid, Level, namespace, restarts, rise
 from diffjax.solvers.linear import Table, stack
@@ -61,17 +61,18 @@ def multistep(
     predictor: int,
     corrector: int = 0,
     *,
-    correct: Array | bool = True,
     twice: bool = False,
     truncated: bool = False,
     noise: bool = True,
 ) -> Table:
     """The table of a predictor and a corrector for a law.
 
-    ``correct`` (R,) says after which steps the corrector acts; ``twice`` evaluates the corrected state again (PECE);
-    ``truncated`` leaves the product terms out of Newton's form (a Taylor series with backward differences).
+    ``twice`` evaluates the corrected state again (PECE); ``truncated`` leaves the product terms out of Newton's form (a
+    Taylor series with backward differences).
     """
     xp = namespace(grid.t, law)
+    repairs = not corrector and predictor == 3 and not truncated
+    corrector = 2 if repairs else corrector
     fine = usable(grid)
     links = chain(grid, max(predictor - 1, corrector - 2, 1))
     nodes = _nodes(grid, law, fine, links, max(predictor, corrector - 1))
@@ -89,7 +90,7 @@ def multistep(
     pad = lambda weights: [*weights, *([zero] * (count - len(weights)))]
     differences = [grid.s.alpha * (c - p) for c, p in zip(pad(corrected), pad([zero, *predict]), strict=True)]
     shift = lambda a: xp.concatenate([xp.zeros_like(a[:1]), a[:-1]])
-    acts = links[0] & shift(fine & (xp.ones_like(fine) & correct))
+    acts = links[0] & shift(fine & ~links[0]) if repairs else links[0] & shift(fine)
     differences = [xp.where(acts, shift(d), 0.0) for d in differences]
     weights = [law.keep * d + grid.s.alpha * p for d, p in zip(differences, pad(predict), strict=True)]
     return Table(stack(law.keep, *weights, *([law.std] if noise else [])))
@@ -97,26 +98,11 @@ def multistep(
 
 def history(predictor: int, corrector: int = 0, twice: bool = False) -> int:
     """How many estimates the table of `multistep` needs beside the newest."""
+    if predictor == 3 and not corrector:
+        return 3
     if not corrector:
         return predictor - 1
     return max(predictor - 1, corrector - 2) if twice else max(corrector, predictor + 1) - 1
-
-
-def started(grid: Grid) -> Grid:
-    """The grid with its first step split in two, half way in the half-log-SNR.
-
-    With a corrector of order 2 after the first half, the start is of the order that a method of order 3 needs.
-    Where an end has an infinite half-log-SNR, the first half is empty.
-    """
-    xp = namespace(grid.t)
-    t, s = (jax.tree.map(lambda leaf: leaf[:1], level) for level in (grid.t, grid.s))
-    middle = between(Grid(grid.process, grid.start, t, s), 0.5)
-    join = lambda a, b: xp.concatenate([a, b])
-    return dataclasses.replace(
-        grid,
-        t=jax.tree.map(lambda first, m, rest: join(join(first, m), rest[1:]), t, middle, grid.t),
-        s=jax.tree.map(join, middle, grid.s),
-    )
 
 
 def between(grid: Grid, fraction: float, end: Array | None = None) -> Level:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from diffjax.levels import Array, Grid, Level, namespace, ratio, rise, squared_diffusion, static, value
+from diffjax.levels import Array, Grid, Level, namespace, ratio, rise, root, squared_diffusion, static, value
 from diffjax.solvers.arguments import Function, choice, is_zero, number
 from diffjax.solvers.coefficients import difference, stochastic_exponential, velocity_reading
 from diffjax.solvers.linear import Linear, Table, stack
@@ -40,7 +40,7 @@ class ReverseDiffusion:
         a = ratio(t.alpha, s.alpha)
         # G^2 = sigma_t^2 (1 - exp(-2h)), score = (alpha D - x) / sigma_t^2
         share = -xp.expm1(-2 * xp.maximum(rise(t, s), 0.0))
-        columns = (2 - a - share, share * t.alpha, t.sigma * xp.sqrt(share))
+        columns = (2 - a - share, share * t.alpha, t.sigma * root(share))
         return Table(stack(*_unless_singular(t, s, columns, 1.0)))
 
 
@@ -76,7 +76,7 @@ class Ito:
         h = xp.where(fine, xp.maximum(rise(t, s), 0.0), 0.0)
         # sigma_s / sigma_t - alpha_s / alpha_t = alpha_s / alpha_t (exp(-h) - 1)
         pull = k * growth * xp.expm1(-h)
-        std = self.eta * growth * t.sigma * xp.sqrt(-xp.expm1(-2 * h))
+        std = self.eta * growth * t.sigma * root(-xp.expm1(-2 * h))
         columns = (growth + pull, -pull * t.alpha, std)
         columns = _unless_singular(t, s, columns, xp.minimum(xp.asarray(self.eta), 1.0))
         return Table(stack(*columns[: 2 if is_zero(self.eta) else 3]))
@@ -183,12 +183,12 @@ class GeneralisedSDE:
         choose = lambda special, usual: xp.where(singular, special, usual)
         one, zero = xp.ones_like(step), xp.zeros_like(step)
         if self.method == "euler":
-            columns = (1 + step * p, step * q, xp.sqrt(w * xp.abs(step)))
+            columns = (1 + step * p, step * q, root(w * xp.abs(step)))
             return Table(stack(*(choose(a, b) for a, b in zip(exact[: 2 + tail], columns, strict=False))))
         ahead = Level(*(xp.where(singular.reshape(a.shape), b, a) for a, b in zip(s, t, strict=True)))
         p2, q2, w2 = self.drift(grid, ahead)
         variance = w if self.method == "noise_first" else 0.5 * (w + w2)
-        noise = choose(zero, xp.sqrt(variance * xp.abs(step)))
+        noise = choose(zero, root(variance * xp.abs(step)))
         reads = xp.stack([stack(choose(zero, p), choose(one, q)), stack(p2, q2)], axis=1)
         stage = stack(one, choose(zero, step), *[noise] * tail)
         half = 0.5 * step

@@ -10,7 +10,7 @@ at all stages: ``n_c = sigma_c / sigma_{c'} exp(-eta (c - c') h) n_{c'} + sigma_
 
 from __future__ import annotations
 
-from diffjax.levels import Array, Grid, namespace, ratio, rise, static, value
+from diffjax.levels import Array, Grid, namespace, ratio, rise, root, static, value
 from diffjax.solvers.arguments import integer, is_zero, number
 from diffjax.solvers.linear import Linear, Table, stack
 from diffjax.solvers.newton import between, exponential_moments, usable
@@ -76,4 +76,4 @@ class SEEDS:
         eta = xp.broadcast_to(xp.asarray(self.eta), h.shape)
         decay = xp.where(eta == 0, 0.0, xp.where(eta == 0, 1.0, eta) * h)  # h may be infinite
         keep = ratio(s.sigma, t.sigma) * xp.exp(-decay)
-        return keep, s.sigma * xp.sqrt(-xp.expm1(-2 * decay)), exponential_moments(h + decay, 2)
+        return keep, s.sigma * root(-xp.expm1(-2 * decay)), exponential_moments(h + decay, 2)

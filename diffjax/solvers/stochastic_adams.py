@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
-from diffjax.levels import Array, Grid, Level, namespace, ratio, rise, static, value
+from diffjax.levels import Array, Grid, Level, namespace, ratio, rise, root, static, value
 from diffjax.solvers.arguments import choice, integer, is_zero, number, number_or_function
 from diffjax.solvers.linear import Linear, Table
-from diffjax.solvers.newton import Law, exponential_moments, history, multistep, started
+from diffjax.solvers.newton import Law, exponential_moments, history, multistep
 
 
 def sde_dpmpp(order: int = 2, eta: Array = 1.0, form: str = "midpoint") -> Linear:
@@ -27,8 +25,8 @@ def sde_dpmpp(order: int = 2, eta: Array = 1.0, form: str = "midpoint") -> Linea
     ``x_s = sigma_s / sigma_t exp(-eta h) x_t + alpha_s (1 - exp(-(1 + eta) h)) D + sigma_s sqrt(1 - exp(-2 eta h)) z``
     with D extrapolated from ``order`` clean estimates.  ``eta`` is the tau^2 of the module: 1 is the time reversal of
     the forward SDE, 0 is DPM-Solver++.  ``form`` of order 2: "midpoint" (D is its value half way) or "heun" (D linear,
-    integrated exactly); order 3 always integrates exactly.  Order 3 splits the first step in two, one further call,
-    because a first-order start would leave it at order 2.
+    integrated exactly); order 3 always integrates exactly.  Order 3 corrects its first step afterwards, without a
+    further call, because a first-order start would leave it at order 2.
 
     One denoiser call a step; order ``order`` at eta = 0, weak order at most 2 for eta > 0 and strong order 1.
     DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models, arXiv:2211.01095, section 5.
@@ -42,7 +40,7 @@ def sde_dpmpp(order: int = 2, eta: Array = 1.0, form: str = "midpoint") -> Linea
     number("eta", eta)
     choice("form", form, ("midpoint", "heun"))
     method = SDEDPMPP(order, eta, form)
-    past = 3 if order == 3 else order - 1
+    past = history(order)
     if is_zero(eta):
         return Linear(method, order=order, history=past)
     return Linear(method, order=order, history=past, draws=1, weak_order=min(order, 2))
@@ -55,14 +53,9 @@ class SDEDPMPP:
     form: str = static()
     factory = "sde_dpmpp"
 
-    def refine(self, grid: Grid) -> Grid:
-        return started(grid) if self.order == 3 else grid
-
     def table(self, grid: Grid) -> Table:
         law = _law(grid, self.eta, self.form if self.order == 2 else "exact")
         noise = not is_zero(self.eta)
-        if self.order == 3:
-            return multistep(grid, law, 3, 2, correct=_first_row(grid), noise=noise)
         return multistep(grid, law, self.order, noise=noise)
 
 
@@ -88,7 +81,7 @@ def sa_solver(
 
     Order ``predictor_order`` without corrector, else the smaller of corrector_order and predictor_order + 1, at most 3
     (a fourth order would need further start-up steps); weak order at most 2 and strong order 1 where tau > 0.
-    Without corrector, order 3 splits the first step in two, one further call.
+    Without corrector, order 3 corrects its first step.
     SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models, arXiv:2309.05019, equations 15 and 18.
 
     Raises ValueError unless predictor_order is 1 to 3, corrector_order 0 to 4 (above 0 for PECE), and tau >= 0.
@@ -103,7 +96,7 @@ def sa_solver(
     method = SASolver(predictor_order, corrector_order, number_or_function("tau", tau), mode, form)
     twice = mode == "PECE"
     order = min(corrector_order, predictor_order + 1, 3) if corrector_order else predictor_order
-    past = history(predictor_order, 2 if method.repaired else corrector_order, twice)
+    past = history(predictor_order, corrector_order, twice)
     calls = 2 if twice else 1
     if is_zero(method.tau):
         return Linear(method, order=order, calls=calls, history=past)
@@ -119,18 +112,9 @@ class SASolver:
     form: str = static()
     factory = "sa_solver"
 
-    @property
-    def repaired(self) -> bool:
-        return self.corrector_order == 0 and self.predictor_order == 3
-
-    def refine(self, grid: Grid) -> Grid:
-        return started(grid) if self.repaired else grid
-
     def table(self, grid: Grid) -> Table:
         law = _law(grid, self.tau(grid.t) ** 2, self.form)
         noise = not is_zero(self.tau)
-        if self.repaired:
-            return multistep(grid, law, 3, 2, correct=_first_row(grid), noise=noise)
         twice = self.mode == "PECE"
         return multistep(grid, law, self.predictor_order, self.corrector_order, twice=twice, noise=noise)
 
@@ -146,9 +130,5 @@ def _law(grid: Grid, eta: Array, form: str) -> Law:
     moments = exponential_moments(z, 4)
     linear = {"exact": None, "heun": None, "midpoint": 0.5 * moments[0], "rescaled": 0.5 * z}[form]
     keep = ratio(s.sigma, t.sigma) * xp.exp(-decay)
-    std = s.sigma * xp.sqrt(-xp.expm1(-2 * decay))
+    std = s.sigma * root(-xp.expm1(-2 * decay))
     return Law(keep, std, (t.half_log_snr, s.half_log_snr), moments, linear)
-
-
-def _first_row(grid: Grid) -> Array:
-    return (np.arange(len(grid)) == 0).reshape((-1,) + (1,) * (grid.t.alpha.ndim - 1))
