@@ -14,8 +14,9 @@ def flow_cps(eta: Array = 0.5) -> Linear:
 
     ``x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + std z`` with ``std = sigma_s sin(eta pi / 2)``: the total noise
     coefficient stays sigma_s, for flow matching and every other Gaussian process.  eta = 0 is Euler on the flow
-    (DDIM), eta = 1 renews all of the noise.  Since the share does not shrink with the step, more steps renew more often
-    and the law does not converge for eta > 0: take the steps that were trained for.
+    (DDIM), eta = 1 renews all of the noise.  On data that are one point every marginal is exact, where an SDE's Euler
+    step leaves too much noise; on spread-out data the law is too narrow, and since the share does not shrink with the
+    step it does not converge for eta > 0.
 
     One denoiser call a step, order 1 at eta = 0; has a `kernel` for likelihood ratios.
     Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching, arXiv:2509.05952.

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from diffjax.levels import Array, Grid, Info, Level, Row, Tree, combine, concrete, is_traced, namespace, value
 from diffjax.solvers.coefficients import stochastic_exponential
@@ -58,7 +57,8 @@ class LearnedRange:
         x0, v = with_variance(denoise)(x, row.t)
 
         def leaf(mean: Array, share: Array, z: Array) -> Array:
-            return (mean + c.small * jnp.exp(jnp.clip(share, 0.0, 1.0) * c.log_ratio) * z).astype(mean.dtype)
+            xp = namespace(mean, share)
+            return (mean + c.small * xp.exp(xp.clip(share, 0.0, 1.0) * c.log_ratio) * z).astype(mean.dtype)
 
         return jax.tree.map(leaf, combine(c.mean, (x, x0)), v, noise[0]), memory, Info(x0)
 
