@@ -1,4 +1,4 @@
-"""Parallel-in-time sampling: the sequential sample as the exact fixed point, and the rounds that tell the rules apart."""
+"""Parallel-in-time sampling: the sequential sample as its fixed point, and the rounds that tell the rules apart."""
 
 import jax
 import jax.numpy as jnp

@@ -39,7 +39,7 @@ _EARLY = 1024
 
 def sample(
     key: Array,
-    denoise: Callable[[Tree, Level], Tree],
+    denoise: Any,
     solver: Solver,
     grid: Grid,
     shape: tuple[int, ...] | None = None,
