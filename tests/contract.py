@@ -27,7 +27,10 @@ VARIANTS: dict[str, list[dict]] = {
     "ancestral": [{"variance": 1.0}],
     "ddim": [{"eta": 0.5}],
     "generalised_sde": [{"method": "heun"}],
-    "sa_solver": [{"mode": "PECE", "predictor_order": 2, "corrector_order": 2}, {"tau": 0.0}],
+    "sa_solver": [
+        {"mode": "PECE", "predictor_order": 2, "corrector_order": 2},
+        {"predictor_order": 2, "corrector_order": 3, "tau": 0.0},
+    ],
 }
 # Modifiers are applied to one two-call, one multistep and one stochastic solver, with these settings.
 MODIFIED: dict[str, dict] = {
