@@ -1,9 +1,6 @@
 """DDIM and ancestral sampling: one-step methods that are exact for a constant clean estimate.
 
 x_s = sqrt(sigma_s^2 - std^2) / sigma_t x_t + (alpha_s - alpha_t sqrt(sigma_s^2 - std^2) / sigma_t) x_0 + std z
-
-DDPM's step is eta = 1.  The two are compared with linear and cosine schedules and guidance in Enhancing Diffusion Models
-for High-Quality Image Generation, arXiv:2412.14422.
 """
 
 from __future__ import annotations
@@ -23,6 +20,8 @@ def ddim(eta: Array = 0.0) -> Linear:
     """DDIM: ``std = eta sigma_s sqrt(1 - exp(-2h))``; eta = 0 is the deterministic sampler, eta = 1 ancestral DDPM.
 
     Denoising Diffusion Implicit Models, arXiv:2010.02502, equations 12 and 16.  One denoiser call a step, order 1.
+    A comparison with DDPM, on linear and cosine schedules and under guidance:
+    Enhancing Diffusion Models for High-Quality Image Generation, arXiv:2412.14422.
 
     Raises ValueError unless 0 <= eta <= 1.
 
