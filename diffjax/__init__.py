@@ -5,9 +5,10 @@
 See docs/design.md for the vocabulary and README.md for the first steps.
 """
 
-from diffjax import grids, guidance, modifiers, oracles, predictions, processes, solvers
+from diffjax import corrections, grids, guidance, interop, modifiers, noises, oracles, predictions, processes, solvers
 from diffjax.levels import Grid, Info, Level, Process, Row, Sample, Solver
-from diffjax.samplers import parallel, sample, sample_many
+from diffjax.samplers import adaptive, adjoint, parallel, sample, sample_many
+from diffjax.suggest import suggest
 
 __version__ = "0.1.0"
 
@@ -19,9 +20,14 @@ __all__ = [
     "Row",
     "Sample",
     "Solver",
+    "adaptive",
+    "adjoint",
+    "corrections",
     "grids",
     "guidance",
+    "interop",
     "modifiers",
+    "noises",
     "oracles",
     "parallel",
     "predictions",
@@ -29,4 +35,5 @@ __all__ = [
     "sample",
     "sample_many",
     "solvers",
+    "suggest",
 ]

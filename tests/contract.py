@@ -35,6 +35,7 @@ VARIANTS: dict[str, list[dict]] = {
 # Modifiers are applied to one two-call, one multistep and one stochastic solver, with these settings.
 MODIFIED: dict[str, dict] = {
     "churned": {"churn": 0.5},  # the default reaches its cap, a step that no grid makes small
+    "langevin": {"size": 0.02},  # affine on a Gaussian, as the propagation of covariances needs
 }
 BASES: list[Callable[[], Solver]] = [solvers.heun, solvers.dpmpp, lambda: solvers.ddim(eta=1.0)]
 
@@ -46,16 +47,20 @@ class Case(NamedTuple):
     build: Callable[[], Solver]
 
 
-def found() -> Iterator[Case]:
+def found(modified: bool = True) -> Iterator[Case]:
     """Every public solver with its defaults and variants, and every public modifier around a few."""
     for name in solvers.__all__:
         factory = getattr(solvers, name)
         for settings in [{}, *variants(name, factory)]:
             shown = ", ".join(f"{k}={v}" for k, v in settings.items())
             yield Case(f"{name}({shown})", functools.partial(factory, **settings))
-    for name in modifiers.__all__:
+    for name in modifiers.__all__ if modified else ():
         modifier = functools.partial(getattr(modifiers, name), **MODIFIED.get(name, {}))
         for base in BASES:
+            try:
+                modifier(base())
+            except ValueError:  # it says that it is not for such solvers
+                continue
             yield Case(f"{name}({base()!r})", lambda modifier=modifier, base=base: modifier(base()))
 
 

@@ -130,7 +130,7 @@ def test_custom_noise():
     """A given noise function replaces the draws; drawing early or in the loop gives the same numbers."""
     solver = solvers.ddim(1.0)
     x = jnp.array([0.3, 0.4])
-    zero = lambda key, index, x, draws: (jnp.zeros_like(x),) * draws
+    zero = lambda key, index, row, x, draws: (jnp.zeros_like(x),) * draws
     same = sample(KEY, ORACLE, solver, GRID, x=x, noise=zero).x
     np.testing.assert_array_equal(same, sample(jax.random.key(5), ORACLE, solver, GRID, x=x, noise=zero).x)
     early = sample(KEY, ORACLE, solver, GRID, x=x)
@@ -264,6 +264,19 @@ def test_plain_functions_and_captured_tracers():
     np.testing.assert_allclose(jax.vmap(run)(jnp.array([0.2, 0.4])), expected, rtol=1e-5)
     slope = jax.grad(run)(0.3)
     np.testing.assert_allclose(slope, (run(0.31) - run(0.29)) / 0.02, rtol=1e-2)
+
+    held = {}
+
+    def denoise(x, level):
+        return held["scale"] * x
+
+    def again(scale):  # the same function object, over another tracer every time
+        held["scale"] = scale
+        return sample(KEY, denoise, solvers.ddim(), GRID, x=jnp.ones(2) * scale / scale).x.sum()
+
+    first = jax.jit(again)(0.2)
+    np.testing.assert_allclose(jax.jit(lambda scale: again(2 * scale))(0.1), first, rtol=1e-6)
+    assert abs(float(jax.jit(lambda scale: again(scale + 0.1))(0.3) - first)) > 1e-3
 
 
 def test_gradient_in_the_times(x64):

@@ -15,8 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from diffjax.levels import Array, Grid, Level, Row, Sample, Saved, Solver, Tree, combine, is_traced, ratio, rise
-from diffjax.samplers.sequential import Function, is_value, normal_noise, prepare, remembers
+from diffjax.levels import (
+    Array,
+    Grid,
+    Level,
+    Row,
+    Sample,
+    Saved,
+    Solver,
+    Tree,
+    as_value,
+    combine,
+    has_functions,
+    is_traced,
+    ratio,
+    remembers,
+    rise,
+)
+from diffjax.samplers.sequential import normal_noise, prepare
 from diffjax.samplers.window import METHODS, fixed_linear_part, makes_one_call, solve, sweep
 
 GUESSES = ("copies", "jump")
@@ -25,7 +41,7 @@ SCALES = ("state", "noise")
 
 def parallel(
     key: Array,
-    denoise: Callable[[Tree, Level], Tree],
+    denoise: Any,
     solver: Solver,
     grid: Grid,
     shape: tuple[int, ...] | None = None,
@@ -42,7 +58,7 @@ def parallel(
     variance: Array = 1.0,
     save: str | tuple[str, ...] = (),
     final_denoise: bool = False,
-    noise: Callable[[Array, Array, Tree, int], tuple[Tree, ...]] | None = None,
+    noise: Callable[[Array, Array, Row, Tree, int], tuple[Tree, ...]] | None = None,
 ) -> Sample:
     """Draw the sample that `sample` draws with the same key, in few rounds of one network call on a window of states.
 
@@ -79,7 +95,7 @@ def parallel(
     """
     save = (save,) if isinstance(save, str) else tuple(save)
     _check(denoise, solver, method, window, tol, scale, max_rounds, guess, save)
-    noise_key, x, rows, solver = prepare(key, denoise, solver, grid, shape, x, start, dtype)
+    noise_key, x, rows, solver = prepare(key, denoise, solver, grid, shape, x, start, dtype, noise)
     if not makes_one_call(solver) and jax.tree.leaves(jax.eval_shape(solver.init, x)):
         raise ValueError(f"parallel needs one call a row or a solver without memory, got {solver!r}.")
     count = rows.t.time.shape[0]
@@ -93,14 +109,10 @@ def parallel(
         guess if isinstance(guess, str) else "path",
         "states" in save,
         final_denoise,
-        normal_noise if noise is None else noise,
     )
-    arguments = (noise_key, x, rows, tol, variance, path)
-    if not is_value(denoise):
-        if is_traced(key, x, rows):
-            return _run(Function(denoise), solver, *arguments, options)
-        denoise = Function(denoise)
-    return _compiled(denoise, solver, *arguments, options)
+    denoise, noise = as_value(denoise), as_value(noise)
+    run = _run if has_functions(denoise, noise) and is_traced(key, x, rows) else _compiled
+    return run(denoise, solver, noise_key, x, rows, tol, variance, path, noise, options)
 
 
 class Options(NamedTuple):
@@ -113,7 +125,6 @@ class Options(NamedTuple):
     guess: str
     states: bool
     final_denoise: bool
-    noise: Callable
 
 
 class Carry(NamedTuple):
@@ -137,6 +148,7 @@ def _run(
     tol: Array,
     variance: Array,
     path: Array | None,
+    noise: Any,
     options: Options,
 ) -> Sample:
     first, unravel = ravel_pytree(x)
@@ -155,17 +167,18 @@ def _run(
 
     flat = _Flat(solver, unravel)
 
-    def draw(index: Array) -> tuple[Array, ...]:
-        return tuple(ravel_pytree(tree)[0] for tree in options.noise(key, index, x, solver.draws))
+    def draw(index: Array, row: Row) -> tuple[Array, ...]:
+        source = normal_noise if noise is None else noise
+        return tuple(ravel_pytree(tree)[0] for tree in source(key, index, row, x, solver.draws))
 
     def body(carry: Carry) -> Carry:
         inside = carry.begin + offsets < count
         index = jnp.minimum(carry.begin + offsets, count - 1)
         part = jax.tree.map(lambda leaf: leaf[index], rows)
-        noise = jax.vmap(draw)(index) if solver.draws else ()
+        draws = jax.vmap(draw)(index, part) if solver.draws else ()
         old = carry.states
         probe = jax.random.fold_in(jax.random.fold_in(key, count), carry.sweeps)
-        f, slope, memories, x0 = sweep(options.method, flat, call, old[:-1], carry.memory, noise, part, probe)
+        f, slope, memories, x0 = sweep(options.method, flat, call, old[:-1], carry.memory, draws, part, probe)
         slope = jnp.asarray(slope if linear is None else linear[index])
         mask = inside.reshape(-1, 1)
         residual = jnp.where(mask, f - old[1:], 0.0)

@@ -6,6 +6,7 @@ from diffjax.solvers.cps import flow_cps
 from diffjax.solvers.ddim import ancestral, ddim
 from diffjax.solvers.directions import adjusted_ddim, lml
 from diffjax.solvers.dpm import dpmpp
+from diffjax.solvers.embedded import bogacki_shampine, dpm_pair, gotta_go_fast, heun_pair
 from diffjax.solvers.er_sde import er_sde
 from diffjax.solvers.langevin import annealed_langevin
 from diffjax.solvers.reverse_sde import generalised_sde, heun_sde, ito, reverse_diffusion
@@ -18,8 +19,10 @@ __all__ = [
     "adjusted_ddim",
     "ancestral",
     "annealed_langevin",
+    "bogacki_shampine",
     "ddim",
     "dpm2_ancestral",
+    "dpm_pair",
     "dpmpp",
     "dpmpp_2s_ancestral",
     "dpmpp_sde",
@@ -29,7 +32,9 @@ __all__ = [
     "euler_maruyama",
     "flow_cps",
     "generalised_sde",
+    "gotta_go_fast",
     "heun",
+    "heun_pair",
     "heun_sde",
     "ito",
     "lml",

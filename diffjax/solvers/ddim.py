@@ -20,7 +20,7 @@ def ddim(eta: Array = 0.0) -> Linear:
     """DDIM: ``std = eta sigma_s sqrt(1 - exp(-2h))``; eta = 0 is the deterministic sampler, eta = 1 ancestral DDPM.
 
     Denoising Diffusion Implicit Models, arXiv:2010.02502, equations 12 and 16.  One denoiser call a step, order 1.
-    A comparison with DDPM, on linear and cosine schedules and under guidance:
+    It is compared with DDPM, on linear and cosine schedules and under guidance, in the second paper.
     Enhancing Diffusion Models for High-Quality Image Generation, arXiv:2412.14422.
 
     Raises ValueError unless 0 <= eta <= 1.

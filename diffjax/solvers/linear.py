@@ -6,10 +6,11 @@ velocity or any other linear variable.  With S stages, H remembered readings and
     x_j = A_j . (x, v_1, ..., v_{j-1}, h_1, ..., h_H, z_1, ..., z_Z)        for the stages j = 2 .. S, with x_1 = x
     x'  = B   . (x, v_1, ..., v_S,     h_1, ..., h_H, z_1, ..., z_Z)
 
-after which v_1 becomes h_1.  Methods that add noise before their first call have an *entry*,
-x_1 = A_1 . (x, h_1, ..., h_H, z_1, ..., z_Z).  A *method* is whatever fills the coefficients in: a value with
-``table(grid)``, written once for NumPy in float64 and for traced grids.  Euler, DDIM, ancestral sampling, exponential
-multistep and Runge-Kutta methods, deterministic or stochastic, differ in nothing but their numbers.
+and, for an embedded pair, error = E . (the same).  After the step v_1 becomes h_1.  Methods that add noise before their
+first call have an *entry*, x_1 = A_1 . (x, h_1, ..., h_H, z_1, ..., z_Z).  A *method* is whatever fills the
+coefficients in: a value with ``table(grid)``, written once for NumPy in float64 and for traced grids.  Euler, DDIM,
+ancestral sampling, exponential multistep and Runge-Kutta methods, deterministic or stochastic, differ in nothing but
+their numbers.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ class Table(NamedTuple):
 
     ``out`` (R, 1 + S + H + Z, ...); ``stages[j]`` (R, 1 + j + 1 + H + Z, ...) for the (j + 2)-nd stage;
     ``levels[j]`` its level; ``reads`` (R, S, 2, ...) the pairs (p, q), or None where the reading is x0 itself;
-    ``entry`` (R, 1 + H + Z, ...) the state of the first call, or None where that is the state itself.
-    ``ends`` are the levels (t, s) of the rows where they are not simply the grid's steps (start-up rows).  In a plan
-    the second axes are tuples of columns.
+    ``error``, shaped like ``out``, the error estimate of an embedded pair; ``entry`` (R, 1 + H + Z, ...) the state of
+    the first call, or None where that is the state itself.  ``ends`` are the levels (t, s) of the rows where they are
+    not simply the grid's steps (start-up rows).  In a plan the second axes are tuples of columns.
     """
 
     out: Any
     stages: tuple[Any, ...] = ()
     levels: tuple[Level, ...] = ()
     reads: Any = None
+    error: Any = None
     entry: Any = None
     ends: tuple[Level, Level] | None = None
 
@@ -110,7 +112,9 @@ class Linear:
         for j in range(self.calls - 1):
             stage = combine(table.stages[j], (x, *readings, *memory, *noise))
             readings.append(_read(table, j + 1, stage, denoise(stage, table.levels[j])))
-        return combine(table.out, (x, *readings, *memory, *noise)), _push(memory, readings[0]), Info(x0)
+        terms = (x, *readings, *memory, *noise)
+        error = None if table.error is None else combine(table.error, terms)
+        return combine(table.out, terms), _push(memory, readings[0]), Info(x0, error)
 
 
 def _columns(table: Table) -> Table:
@@ -124,8 +128,9 @@ def _columns(table: Table) -> Table:
         return tuple(array[:, k] for k in range(array.shape[1]))
 
     reads = None if table.reads is None else tuple(split(part) for part in split(table.reads))
-    entry = None if table.entry is None else split(table.entry)
-    return table._replace(out=split(table.out), stages=tuple(map(split, table.stages)), reads=reads, entry=entry)
+    error, entry = (None if part is None else split(part) for part in (table.error, table.entry))
+    out, stages = split(table.out), tuple(map(split, table.stages))
+    return table._replace(out=out, stages=stages, reads=reads, error=error, entry=entry)
 
 
 def _read(table: Table, stage: int, x: Tree, x0: Tree) -> Tree:

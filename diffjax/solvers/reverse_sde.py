@@ -195,7 +195,7 @@ class GeneralisedSDE:
         last = choose(exact[2], noise)
         out = stack(choose(exact[0], one), choose(exact[1], half), choose(zero, half), *[last] * tail)
         first = tail and self.method == "noise_first"
-        return Table(out, (stage,), (ahead,), reads, stack(one, noise) if first else None)
+        return Table(out, (stage,), (ahead,), reads, entry=stack(one, noise) if first else None)
 
 
 def _unless_singular(t: Level, s: Level, columns: tuple[Array, ...], eta: Array) -> tuple[Array, ...]:
