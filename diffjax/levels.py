@@ -79,6 +79,27 @@ def _short(leaf: Any) -> str:
     return getattr(leaf, "__name__", None) or repr(leaf)
 
 
+@value
+class Function:
+    """A plain function as a value, compared by identity."""
+
+    function: Callable = static()
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+def as_value(function: Any) -> Any:
+    """``function`` itself if it is a pytree of its own (or None), else wrapped as a `Function`."""
+    return Function(function) if jax.tree_util.all_leaves([function]) else function
+
+
+def has_functions(*trees: Tree) -> bool:
+    """Whether a plain function is somewhere inside."""
+    leaves = jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, Function))
+    return any(isinstance(leaf, Function) for leaf in leaves)
+
+
 # --- arrays: float64 NumPy where everything is concrete, JAX where anything is traced ------------------------------
 
 
@@ -101,7 +122,8 @@ def arrays(time: Array, *parameters: Array) -> tuple[Any, ...]:
     dtype of ``time``.  A schedule written on the result serves both the plan and traced code.
     """
     if isinstance(time, jax.Array) or is_traced(time, parameters):
-        time = jnp.asarray(time, jnp.result_type(time, jnp.float32))
+        # by its dtype: a weakly typed float64 (any Python number under x64) is not to become float32
+        time = jnp.asarray(time, jnp.promote_types(jnp.asarray(time).dtype, jnp.float32))
         return jnp, time, *(jnp.asarray(p, time.dtype) for p in parameters)
     return np, np.asarray(time, np.float64), *(np.asarray(p, np.float64) for p in parameters)
 
@@ -117,6 +139,13 @@ def ratio(numerator: Array, denominator: Array) -> Array:
     same = xp.equal(numerator, denominator)
     safe = xp.where(same | (denominator == 0), 1.0, denominator)
     return xp.where(same, 1.0, xp.where(denominator == 0, xp.inf, numerator / safe))
+
+
+def root(square: Array) -> Array:
+    """``sqrt(max(square, 0))`` whose derivative at 0 is 0, not infinite: where nothing is added nothing is learned."""
+    xp = namespace(square)
+    positive = square > 0
+    return xp.where(positive, xp.sqrt(xp.where(positive, square, 1.0)), 0.0)
 
 
 def combine(coefficients: Any, trees: tuple[Tree, ...]) -> Tree:
@@ -339,7 +368,7 @@ def joins(grid: Grid) -> tuple[Array, Array]:
     sigma = xp.concatenate([grid.start.sigma[None], grid.s.sigma[:-1]])
     keep = ratio(grid.t.alpha, alpha)
     variance = grid.t.sigma**2 - (keep * sigma) ** 2
-    std = xp.sqrt(xp.maximum(variance, 0.0)) * grid.inflation
+    std = root(variance) * grid.inflation
     one = xp.ones_like(keep[:1])
     return xp.concatenate([keep, one]), xp.concatenate([std, 0.0 * one])
 
@@ -353,7 +382,12 @@ def restarts(grid: Grid) -> Array:
     )
 
 
-# --- solvers and samples ------------------------------------------------------------------------------------------
+# --- denoisers, solvers and samples -------------------------------------------------------------------------------
+
+
+def remembers(denoise: Any) -> bool:
+    """Whether a denoiser is the pair ``init(x) -> memory``, ``apply(x, level, memory) -> (x0, memory)``."""
+    return hasattr(denoise, "init") and hasattr(denoise, "apply") and not callable(denoise)
 
 
 class Info(NamedTuple):
@@ -368,6 +402,9 @@ class Solver(Protocol):
     """Pure functions over rows, and what they declare; see docs/design.md.
 
     ``noise`` is always a tuple of ``draws`` standard normal trees shaped like the state.
+
+    Optional: ``weak_order`` of a stochastic solver's law (1 where it says nothing); ``constant_coefficients``, true of
+    methods that keep their order on slowly varying steps only; ``renoises``, true of those that add the noise of gaps.
     """
 
     @property
@@ -410,7 +447,8 @@ class Sample(NamedTuple):
     """The result of every sampler, for one sample.
 
     ``nfe`` network evaluations (classifier-free guidance counts two a call), ``rounds`` sequential network calls,
-    ``failed_at`` the first row that left a non-finite state, or -1.
+    ``failed_at`` the first row that left a non-finite state, or -1; ``accepted`` and ``rejected`` steps where they are
+    chosen while sampling.
     """
 
     x: Tree
@@ -418,3 +456,5 @@ class Sample(NamedTuple):
     rounds: Array
     failed_at: Array
     saved: Saved
+    accepted: Array | None = None
+    rejected: Array | None = None

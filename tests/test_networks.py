@@ -32,6 +32,11 @@ def mlp(seed=0, **changes):
     return networks.functional(networks.MLP(5, **(options | changes), rngs=nnx.Rngs(seed)))
 
 
+def call(apply, *arguments):
+    """Compiled once for each shape: operation by operation, a U-Net takes seconds."""
+    return jax.jit(apply)(*arguments)
+
+
 CASES = {"unet": (unet, IMAGE), "dit": (dit, IMAGE), "mlp": (mlp, (5,))}
 
 
@@ -53,10 +58,10 @@ def shaken(params, seed=1, size=0.1):
 def test_output_is_zero_at_initialisation(case):
     make, shape = case
     apply, params = make()
-    out = apply(params, jnp.ones(shape), 0.3, 1)
+    out = call(apply, params, jnp.ones(shape), 0.3, 1)
     assert out.shape == shape and out.dtype == jnp.float32
     assert np.all(out == 0)
-    assert np.any(apply(shaken(params), jnp.ones(shape), 0.3, 1) != 0)
+    assert np.any(call(apply, shaken(params), jnp.ones(shape), 0.3, 1) != 0)
 
 
 @pytest.mark.parametrize("name", [*CASES, "rich"])
@@ -74,7 +79,7 @@ def test_gradient_reaches_every_parameter(name):
 
     # Every class is visited, the null class (3) too, so that every row of the table has its turn.
     def loss(p):
-        return sum(jnp.sum(jnp.sin(apply(p, x, 0.1 + 0.2 * i, c))) for i, c in enumerate(told))
+        return sum(jnp.sum(jnp.sin(call(apply, p, x, 0.1 + 0.2 * i, c))) for i, c in enumerate(told))
 
     gradient = jax.jit(jax.grad(loss))(shaken(params))
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
@@ -92,8 +97,8 @@ def test_vmap_equals_loop(case):
     params = shaken(params)
     x = jax.random.normal(jax.random.key(2), (3, *shape))
     t, c = jnp.array([0.0, 0.4, 1.0]), jnp.array([0, 2, 3])
-    batched = jax.vmap(apply, (None, 0, 0, 0))(params, x, t, c)
-    looped = jnp.stack([apply(params, *one) for one in zip(x, t, c, strict=True)])
+    batched = jax.jit(jax.vmap(apply, (None, 0, 0, 0)))(params, x, t, c)
+    looped = jnp.stack([call(apply, params, *one) for one in zip(x, t, c, strict=True)])
     np.testing.assert_allclose(batched, looped, rtol=2e-5, atol=2e-5)
 
 
@@ -119,29 +124,29 @@ def test_time_and_condition_change_the_output(case):
     apply, params = make()
     params = shaken(params)
     x = jax.random.normal(jax.random.key(3), shape)
-    outs = [apply(params, x, 0.5, c) for c in (0, 1, 2, 3)] + [apply(params, x, 0.6, 0)]
+    outs = [call(apply, params, x, 0.5, c) for c in (0, 1, 2, 3)] + [call(apply, params, x, 0.6, 0)]
     for i, a in enumerate(outs):
         for b in outs[:i]:
             assert np.max(np.abs(a - b)) > 1e-3
-    np.testing.assert_array_equal(apply(params, x, 0.5, None), outs[3])
+    np.testing.assert_array_equal(call(apply, params, x, 0.5, None), outs[3])
 
 
 def test_null_of_vector_and_tokens_is_zeros():
     apply, params = dit(condition=(networks.vector(4), networks.tokens(6)))
     params = shaken(params)
     x = jax.random.normal(jax.random.key(3), IMAGE)
-    untold = apply(params, x, 0.5, None)
-    zeros = apply(params, x, 0.5, (jnp.zeros(4), jnp.zeros((7, 6))))
+    untold = call(apply, params, x, 0.5, None)
+    zeros = call(apply, params, x, 0.5, (jnp.zeros(4), jnp.zeros((7, 6))))
     np.testing.assert_allclose(untold, zeros, rtol=1e-5, atol=1e-6)
     for told in [(jnp.ones(4), None), (None, jnp.ones((7, 6)))]:
-        assert np.max(np.abs(untold - apply(params, x, 0.5, told))) > 1e-3
+        assert np.max(np.abs(untold - call(apply, params, x, 0.5, told))) > 1e-3
 
 
 def test_dit_does_not_care_for_the_order_of_tokens():
     apply, params = dit(condition=networks.tokens(6))
     params = shaken(params)
     x, words = jnp.ones(IMAGE), jax.random.normal(jax.random.key(5), (5, 6))
-    a, b = apply(params, x, 0.5, words), apply(params, x, 0.5, words[::-1])
+    a, b = call(apply, params, x, 0.5, words), call(apply, params, x, 0.5, words[::-1])
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -150,7 +155,7 @@ def test_dit_patches_go_back_where_they_came_from():
     apply, params = dit()
     head = {"modulate": params["modulate"], "out": shaken(params["out"])}
     params = params | head
-    jacobian = jax.jacobian(lambda x: apply(params, x, 0.5, 0))(jax.random.normal(jax.random.key(0), IMAGE))
+    jacobian = jax.jacobian(lambda x: call(apply, params, x, 0.5, 0))(jax.random.normal(jax.random.key(0), IMAGE))
     reach = np.abs(jacobian).sum((2, 5)) > 1e-7
     rows, columns = np.divmod(np.arange(64), 8)
     same = (rows[:, None] // 2 == rows // 2) & (columns[:, None] // 2 == columns // 2)
@@ -181,7 +186,7 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(case):
     jax.tree.map(np.testing.assert_array_equal, params, same)
     x = jax.random.normal(jax.random.key(0), shape)
     params = shaken(params)
-    a, b = wide(params, x, 0.5, 1), narrow(params, x, 0.5, 1)
+    a, b = call(wide, params, x, 0.5, 1), call(narrow, params, x, 0.5, 1)
     assert b.dtype == jnp.float32
     difference = np.linalg.norm(a - b) / np.linalg.norm(a)
     assert 1e-4 < difference < 0.1

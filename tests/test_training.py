@@ -414,6 +414,16 @@ def test_loop_runs_outside_the_main_thread():
     assert int(found[0].step) == 2
 
 
+def test_resuming_an_empty_folder_starts_and_a_plain_iterator_is_told(tmp_path):
+    plain = map(lambda batch: batch, stream())
+    options = {"folder": tmp_path, "resume": True, "progress": False}
+    state, step = run()
+    training.fit(state, step, plain, steps=2, **options)
+    with pytest.warns(UserWarning, match="no set_state"):
+        training.fit(run()[0], step, plain, steps=3, **options)
+    assert training.checkpoint.steps(tmp_path) == [0, 2, 3]
+
+
 def test_bad_loops_are_refused(tmp_path):
     state, step = run()
     for options in ({"steps": 0}, {"steps": 2, "save_every": 0}, {"steps": 2, "log_every": -1}):
@@ -423,6 +433,8 @@ def test_bad_loops_are_refused(tmp_path):
         training.fit(state, step, stream(), steps=2, resume=True)
     with pytest.raises(FileNotFoundError, match="no run folder"):
         training.fit(state, step, stream(), steps=2, resume=True, folder=tmp_path / "typo")
+    with pytest.raises(ValueError, match="batches ended after 1 of steps=2"):
+        training.fit(state, step, [next(stream())], steps=2, progress=False)
 
 
 def test_digits_train_through_the_whole_pipeline(tmp_path):

@@ -110,14 +110,15 @@ def load(name: str, split: str = "train", *, folder: str | os.PathLike | None = 
         RuntimeError: the data set is known but cannot be prepared here.
     """
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
 
     from diffjax.data.digits import MAXIMUM, Digits
 
     where = {} if folder is None else {"data_dir": os.fspath(folder)}
     try:
         make = Digits if name == "digits" else lambda **options: tfds.builder(name, **options)
-        builder = make(file_format="array_record", **where)
-    except tfds.core.registered.DatasetNotFoundError:
+        builder: Any = make(file_format="array_record", **where)
+    except DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)  # those are listed on the network
         close = difflib.get_close_matches(name, ["digits", *known], 4, 0.5)
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffjax.levels import Array, Grid, Process, arrays, concrete, is_traced
@@ -76,4 +77,4 @@ def _check_range(process: Process, name: str, value: Array) -> None:
 
 
 def _as_array(value: Array) -> Array:
-    return value if isinstance(value, jax.Array) and is_traced(value) else np.asarray(value, np.float64)
+    return jnp.asarray(value) if is_traced(value) else np.asarray(value, np.float64)

@@ -10,6 +10,7 @@ so that the state at the entry of a row is always at the level that the row name
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +33,12 @@ from diffjax.levels import (
 )
 
 
-def renoised(solver: Solver) -> Gapped:
-    """``solver`` on grids with gaps; samplers apply it by themselves where ``grid.gaps`` is set."""
-    return Gapped(solver, None)
+def renoised(solver: Solver) -> Solver:
+    """``solver`` on grids with gaps; samplers apply it by themselves where ``grid.gaps`` is set.
+
+    A solver that says ``renoises`` adds the noise of the gaps already and is returned as it is.
+    """
+    return solver if getattr(solver, "renoises", False) else Gapped(solver, ())
 
 
 def churned(
@@ -49,7 +53,8 @@ def churned(
     Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, algorithm 2.
     No further denoiser calls; one more normal draw a step.
 
-    Raises ValueError unless churn >= 0, 0 <= low <= high and inflation > 0.
+    Raises ValueError unless churn >= 0, 0 <= low <= high and inflation > 0, and for another modifier around a churned
+    solver (churn last).
     """
     if not is_traced(churn, low, high, inflation):
         if not churn >= 0 or not 0 <= low <= high or not inflation > 0:
@@ -57,7 +62,12 @@ def churned(
                 "need churn >= 0, 0 <= low <= high and inflation > 0, got"
                 f" churn={churn!r}, low={low!r}, high={high!r}, inflation={inflation!r}."
             )
-    return Gapped(solver, Churn(churn, low, high, inflation))
+    change = Churn(churn, low, high, inflation)
+    if isinstance(solver, Gapped):  # one modifier, or the noise between the steps would be added twice
+        return Gapped(solver.inner, (change, *solver.transforms))
+    if getattr(solver, "renoises", False):
+        raise ValueError(f"churned goes around the other modifiers, got {solver!r}, which renoises inside.")
+    return Gapped(solver, (change,))
 
 
 @value
@@ -74,7 +84,7 @@ class Churn:
         # time must be shaped like the network's input: the trailing singleton axes of the level are dropped
         level = level.reshape(grid.t.time.shape)
         noisiest = grid.process.schedule.half_log_snr(grid.process.end)
-        inside = (xp.exp(-level) >= self.low) & (xp.exp(-level) <= self.high) & xp.isfinite(level)
+        inside = (xp.exp(-level) >= self.low) & (xp.exp(-level) <= self.high) & xp.isfinite(level) & (gamma > 0)
         raised = xp.maximum(xp.where(inside, level, 0.0) - xp.log1p(gamma), noisiest)
         time = xp.where(inside, grid.process.schedule.time(raised), grid.t.time)
         trailing = grid.t.alpha.ndim - grid.t.time.ndim
@@ -89,13 +99,19 @@ class Gapped:
     """A solver whose every row ends with the forward transition to the next row's level."""
 
     inner: Any
-    transform: Callable[[Grid], Grid] | None
+    transforms: tuple[Callable[[Grid], Grid], ...]  # from grid to grid, the first first
 
     def __repr__(self) -> str:
-        if self.transform is None:
+        if not self.transforms:
             return f"renoised({self.inner!r})"
-        c = self.transform
-        return f"churned({self.inner!r}, churn={c.churn}, low={c.low}, high={c.high}, inflation={c.inflation})"
+        shown = repr(self.inner)
+        for c in reversed(self.transforms):
+            shown = f"churned({shown}, churn={c.churn}, low={c.low}, high={c.high}, inflation={c.inflation})"
+        return shown
+
+    @property
+    def renoises(self) -> bool:
+        return True
 
     @property
     def order(self) -> int:
@@ -115,7 +131,7 @@ class Gapped:
 
     def plan(self, grid: Grid) -> Row:
         grid = grid if is_traced(self, grid) else concrete(grid)
-        transformed = grid if self.transform is None else self.transform(grid)
+        transformed = functools.reduce(lambda changed, transform: transform(changed), self.transforms, grid)
         rows = self.inner.plan(transformed)
         # rows may be more than the grid's steps: the joins are those of the rows
         keep, std = joins(dataclasses.replace(transformed, t=rows.t, s=rows.s))
@@ -126,10 +142,17 @@ class Gapped:
     def init(self, x: Tree) -> Tree:
         return self.inner.init(x)
 
-    def update(self, noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
-        join, inner = row.coefficients
-        x, memory = self.inner.update(noise[1:], x, x0, memory, row._replace(coefficients=inner))
-        return combine(join, (x, noise[0])), memory
+    @property
+    def update(self) -> Callable[[tuple[Tree, ...], Tree, Tree, Tree, Row], tuple[Tree, Tree]]:
+        """The step once the clean estimate is known; only where ``inner`` has it."""
+        inner = self.inner.update
+
+        def update(noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
+            join, coefficients = row.coefficients
+            x, memory = inner(noise[1:], x, x0, memory, row._replace(coefficients=coefficients))
+            return combine(join, (x, noise[0])), memory
+
+        return update
 
     def step(
         self, noise: tuple[Tree, ...], denoise: Callable[[Tree, Level], Tree], x: Tree, memory: Tree, row: Row

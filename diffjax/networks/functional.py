@@ -13,6 +13,7 @@ hashes, so that code compiled for one serves the other.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -54,6 +55,14 @@ class Apply:
     """
 
     graph: nnx.GraphDef
+    architecture: Architecture | None = None
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.graph)  # a walk over the whole network
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __call__(
         self,
@@ -86,17 +95,13 @@ def functional(module: nnx.Module) -> tuple[Apply, Params]:
             f"module {type(module).__name__} holds state that is not an nnx.Param: {others}; only "
             "parameters are allowed (no batch statistics, dropout streams or caches)"
         )
-    return Apply(graph), _named(nnx.to_pure_dict(state))
+    return Apply(graph, getattr(module, "architecture", None)), _named(nnx.to_pure_dict(state))
 
 
 def architecture(apply: Callable) -> dict[str, Any] | None:
     """The JSON description of one of this library's networks; None for any other function."""
-    if not isinstance(apply, Apply):
-        return None
-    attributes = dict(apply.graph.attributes) if hasattr(apply.graph, "attributes") else {}
-    found = attributes.get("architecture")
-    record = getattr(found, "value", found)
-    return record.json() if isinstance(record, Architecture) else None
+    found = getattr(apply, "architecture", None)
+    return found.json() if isinstance(found, Architecture) else None
 
 
 def count(params: PyTree) -> int:

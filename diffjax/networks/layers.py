@@ -20,11 +20,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from numpy.typing import DTypeLike
 
+from diffjax.levels import is_traced
+
 # One object, so that graph definitions of equal modules are equal.
-ZERO = {"kernel_init": nnx.initializers.zeros}
+ZERO: dict[str, Any] = {"kernel_init": nnx.initializers.zeros}
 
 
-def uniform(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **_: Any) -> Array:
+def uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> Array:
     """Uniform with variance 1 / fan-in, the fan-in being the product of all axes but the last.
 
     Drawn as a flat array of the next power of two and cut to size: JAX compiles every shape that it
@@ -32,7 +34,7 @@ def uniform(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **
     """
     size, fan_in = math.prod(shape), math.prod(shape[:-1])
     flat = jax.random.uniform(key, (1 << (size - 1).bit_length(),), dtype, -1.0, 1.0)
-    xp = jnp if isinstance(flat, jax.core.Tracer) else np
+    xp = jnp if is_traced(flat) else np
     return jnp.asarray(xp.asarray(flat)[:size].reshape(shape) * xp.asarray((3 / fan_in) ** 0.5, dtype))
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from diffjax.levels import Array, Level, static, value
 
+_SMALLEST = 1e-30  # a variance by which squared distances up to 1e8 can be divided in float32
+
 
 def points(data: Array, weights: Array | None = None, chunk: int = 4096) -> Points:
     """The exact denoiser of a point set ``data`` of shape (N, ...), with weights (N,) (default: equal).
@@ -47,14 +49,16 @@ class Points:
     def _reduce(self, x: Array, level: Level) -> tuple[Array, Array]:
         """(log sum_n w_n exp(-|x - alpha x_n|^2 / 2 sigma^2), softmax mean), by a running maximum over chunks."""
         shape = (-1, self.chunk)
+        alpha, variance = jnp.asarray(level.alpha, x.dtype), jnp.asarray(level.sigma**2, x.dtype)
+        variance = jnp.maximum(variance, _SMALLEST)  # the nearest point at sigma = 0, not 0 / 0
         data = jnp.asarray(self.data, x.dtype).reshape(*shape, x.size)
         log_weights = jnp.log(jnp.asarray(self.weights, x.dtype)).reshape(shape)
 
         def merge(carry, part):
             top, total, mean = carry
             points_, logs = part
-            distance = jnp.sum((x.reshape(-1) - level.alpha * points_) ** 2, axis=-1)
-            logits = logs - 0.5 * distance / level.sigma**2
+            distance = jnp.sum((x.reshape(-1) - alpha * points_) ** 2, axis=-1)
+            logits = logs - 0.5 * distance / variance
             new_top = jnp.maximum(top, jnp.max(logits))
             shift = jnp.exp(top - new_top)
             terms = jnp.exp(logits - new_top)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from diffjax.levels import Array, Level, Process, namespace, static, value
-from diffjax.predictions.prediction import Linear, Prediction
+from diffjax.predictions.prediction import Linear, Prediction, data_coefficients, divide
 from diffjax.processes.checks import positive
 
 
@@ -78,7 +78,7 @@ class Noise:
     def linear(self, process, level):
         _, alpha, sigma, _ = level
         one, zero = _one_zero(alpha)
-        return Linear(zero, one, _divide(one, alpha), -_divide(sigma, alpha), zero, one)
+        return Linear(zero, one, divide(one, alpha), -divide(sigma, alpha), zero, one)
 
     def inputs(self, process, level):
         return _plain_inputs(process, level)
@@ -89,9 +89,7 @@ class Data:
     factory = "data"
 
     def linear(self, process, level):
-        _, alpha, sigma, _ = level
-        one, zero = _one_zero(alpha)
-        return Linear(one, zero, zero, one, _divide(one, sigma), -_divide(alpha, sigma))
+        return data_coefficients(level)
 
     def inputs(self, process, level):
         return _plain_inputs(process, level)
@@ -125,10 +123,10 @@ class Flow:
         determinant = sigma * a - alpha * b
         xp = namespace(scaled)
         steep = xp.isinf(b)
-        x0_from_x = xp.where(steep, -_divide(variance_rate, scaled), -_divide(xp.where(steep, 0.0, b), determinant))
-        x0_from_target = xp.where(steep, _divide(sigma**2, scaled), _divide(sigma, determinant))
+        x0_from_x = xp.where(steep, -divide(variance_rate, scaled), -divide(xp.where(steep, 0.0, b), determinant))
+        x0_from_target = xp.where(steep, divide(sigma**2, scaled), divide(sigma, determinant))
         finite = xp.where(steep, 0.0, determinant)  # an infinite target determines no eps
-        return Linear(a, b, x0_from_x, x0_from_target, _divide(a, finite), -_divide(alpha, finite))
+        return Linear(a, b, x0_from_x, x0_from_target, divide(a, finite), -divide(alpha, finite))
 
     def inputs(self, process, level):
         return _plain_inputs(process, level)
@@ -141,7 +139,7 @@ class Score:
     def linear(self, process, level):
         _, alpha, sigma, _ = level
         one, zero = _one_zero(alpha)
-        return Linear(zero, -_divide(one, sigma), _divide(one, alpha), _divide(sigma**2, alpha), zero, -sigma)
+        return Linear(zero, -divide(one, sigma), divide(one, alpha), divide(sigma**2, alpha), zero, -sigma)
 
     def inputs(self, process, level):
         return _plain_inputs(process, level)
@@ -183,10 +181,3 @@ class EDM:
 def _one_zero(like: Array) -> tuple[Array, Array]:
     xp = namespace(like)
     return xp.ones_like(like), xp.zeros_like(like)
-
-
-def _divide(numerator: Array, denominator: Array) -> Array:
-    """The quotient, NaN where the denominator is 0, without a warning and with finite derivatives elsewhere."""
-    xp = namespace(numerator, denominator)
-    zero = xp.equal(denominator, 0)
-    return xp.where(zero, xp.nan, numerator / xp.where(zero, 1.0, denominator))

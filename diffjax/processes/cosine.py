@@ -40,7 +40,10 @@ class Cosine:
         inside = (t > 0) & (t < 1)
         safe = xp.where(inside, t, 0.5)
         ends = xp.where(t <= 0, xp.inf, -xp.inf)
-        return xp.where(inside, xp.log(xp.tan(_QUARTER * (1.0 - safe))), ends)
+        # log cot, by the tangent of the smaller angle: near 0 and 1 the other one has lost the digits of t or 1 - t
+        early = safe < 0.5
+        tangent = xp.log(xp.tan(_QUARTER * xp.where(early, safe, 1.0 - safe)))
+        return xp.where(inside, xp.where(early, -tangent, tangent), ends)
 
     def time(self, half_log_snr):
         xp, value_ = arrays(half_log_snr)

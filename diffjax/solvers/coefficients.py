@@ -5,7 +5,7 @@ All are functions of the levels ``t`` (from) and ``s`` (to), with ``h = half_log
 
 from __future__ import annotations
 
-from diffjax.levels import Array, Grid, Level, namespace, ratio, rise
+from diffjax.levels import Array, Grid, Level, namespace, ratio, rise, root
 
 
 def exponential(t: Level, s: Level) -> tuple[Array, Array]:
@@ -22,12 +22,13 @@ def stochastic_exponential(t: Level, s: Level, eta: Array) -> tuple[Array, Array
     """
     xp = namespace(t, s, eta)
     h = xp.maximum(rise(t, s), 0.0)
-    fresh = -(eta**2) * xp.expm1(-2 * h)  # the share of the variance of x_s that is fresh noise
-    shrink = xp.sqrt(xp.maximum(1 - fresh, 0.0))
+    gone = -xp.expm1(-2 * h)
+    fresh = eta**2 * gone  # the share of the variance of x_s that is fresh noise
+    shrink = root(1 - fresh)
     keep = ratio(s.sigma, t.sigma) * shrink
     # alpha_s - alpha_t keep = alpha_s (1 - exp(-h) shrink), free of cancellation for small h
     weight = -s.alpha * (xp.expm1(-h) * shrink + _minus_one(shrink, fresh))
-    return keep, weight, s.sigma * xp.sqrt(fresh)
+    return keep, weight, s.sigma * eta * root(gone)
 
 
 def _minus_one(shrink: Array, fresh: Array) -> Array:

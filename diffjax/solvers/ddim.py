@@ -63,6 +63,6 @@ class Ancestral:
     def table(self, grid: Grid) -> Table:
         keep, weight, small = stochastic_exponential(grid.t, grid.s, 1.0)
         xp = namespace(keep)
-        # the forward step's std, sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2) = small sigma_t / sigma_s
-        large = small * ratio(grid.t.sigma, xp.where(grid.s.sigma == 0, grid.t.sigma, grid.s.sigma))
-        return Table(stack(keep, weight, small ** (1 - self.variance) * large**self.variance))
+        # the forward step's std, sqrt(sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2), is small sigma_t / sigma_s
+        larger = ratio(grid.t.sigma, xp.where(grid.s.sigma == 0, grid.t.sigma, grid.s.sigma))
+        return Table(stack(keep, weight, small * larger**self.variance))

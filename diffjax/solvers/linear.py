@@ -6,9 +6,10 @@ velocity or any other linear variable.  With S stages, H remembered readings and
     x_j = A_j . (x, v_1, ..., v_{j-1}, h_1, ..., h_H, z_1, ..., z_Z)        for the stages j = 2 .. S, with x_1 = x
     x'  = B   . (x, v_1, ..., v_S,     h_1, ..., h_H, z_1, ..., z_Z)
 
-after which v_1 becomes h_1.  A *method* is whatever fills the coefficients in: a value with ``table(grid)``, written
-once for NumPy in float64 and for traced grids.  Euler, DDIM, ancestral sampling, exponential multistep and Runge-Kutta
-methods, deterministic or stochastic, differ in nothing but their numbers.
+and, for an embedded pair, error = E . (the same).  After the step v_1 becomes h_1.  A *method* is whatever fills the
+coefficients in: a value with ``table(grid)``, written once for NumPy in float64 and for traced grids.  Euler, DDIM,
+ancestral sampling, exponential multistep and Runge-Kutta methods, deterministic or stochastic, differ in nothing but
+their numbers.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ class Table(NamedTuple):
 
     ``out`` (R, 1 + S + H + Z, ...); ``stages[j]`` (R, 1 + j + 1 + H + Z, ...) for the (j + 2)-nd stage;
     ``levels[j]`` its level; ``reads`` (R, S, 2, ...) the pairs (p, q), or None where the reading is x0 itself.
-    In a plan the second axes are tuples of columns.
+    ``error``, shaped like ``out``, the error estimate of an embedded pair.  In a plan the second axes are tuples of
+    columns.
     """
 
     out: Any
     stages: tuple[Any, ...] = ()
     levels: tuple[Level, ...] = ()
     reads: Any = None
+    error: Any = None
 
 
 @value
@@ -58,14 +61,32 @@ class Linear:
     def init(self, x: Tree) -> Tree:
         return (jax.tree.map(jnp.zeros_like, x),) * self.history
 
-    def update(self, noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
-        """The step of a one-call method once the clean estimate is known: ``(x, memory)``."""
+    @property
+    def update(self) -> Callable[[tuple[Tree, ...], Tree, Tree, Tree, Row], tuple[Tree, Tree]]:
+        """``(noise, x, x0, memory, row) -> (x, memory)``, the step once the clean estimate is known.
+
+        Only one-call methods have it: `hasattr` tells.
+        """
+        if self.calls != 1:
+            raise AttributeError(f"{self!r} makes {self.calls} denoiser calls a step, so it has no update.")
+        return self._update
+
+    @property
+    def kernel(self) -> Callable[[Tree, Tree, Row], tuple[Tree, Array]]:
+        """``(x, x0, row) -> (mean, std)`` of the next state.
+
+        Only methods of one call, one draw and no history have it: `hasattr` tells.
+        """
+        if (self.calls, self.history, self.draws) != (1, 0, 1):
+            raise AttributeError(f"{self!r} has no kernel: that takes one call, one draw and no history.")
+        return self._kernel
+
+    def _update(self, noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
         table = row.coefficients
         reading = _read(table, 0, x, x0)
         return combine(table.out, (x, reading, *memory, *noise)), _push(memory, reading)
 
-    def kernel(self, x: Tree, x0: Tree, row: Row) -> tuple[Tree, Array]:
-        """Mean and standard deviation of the next state of a one-call, one-step, one-draw method."""
+    def _kernel(self, x: Tree, x0: Tree, row: Row) -> tuple[Tree, Array]:
         table = row.coefficients
         return combine(table.out[:2], (x, _read(table, 0, x, x0))), table.out[2]
 
@@ -78,7 +99,9 @@ class Linear:
         for j in range(self.calls - 1):
             stage = combine(table.stages[j], (x, *readings, *memory, *noise))
             readings.append(_read(table, j + 1, stage, denoise(stage, table.levels[j])))
-        return combine(table.out, (x, *readings, *memory, *noise)), _push(memory, readings[0]), Info(x0)
+        terms = (x, *readings, *memory, *noise)
+        error = None if table.error is None else combine(table.error, terms)
+        return combine(table.out, terms), _push(memory, readings[0]), Info(x0, error)
 
 
 def _columns(table: Table) -> Table:
@@ -92,7 +115,8 @@ def _columns(table: Table) -> Table:
         return tuple(array[:, k] for k in range(array.shape[1]))
 
     reads = None if table.reads is None else tuple(split(part) for part in split(table.reads))
-    return table._replace(out=split(table.out), stages=tuple(map(split, table.stages)), reads=reads)
+    error = None if table.error is None else split(table.error)
+    return table._replace(out=split(table.out), stages=tuple(map(split, table.stages)), reads=reads, error=error)
 
 
 def _read(table: Table, stage: int, x: Tree, x0: Tree) -> Tree:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffjax.levels import Array, Grid, Level, is_traced, namespace, squared_diffusion, static, value
+from diffjax.levels import Array, Grid, Level, is_traced, namespace, root, squared_diffusion, static, value
 from diffjax.solvers.coefficients import difference, exponential, stochastic_exponential, velocity_reading
 from diffjax.solvers.linear import Linear, Table, stack
 
@@ -61,7 +61,7 @@ class RungeKutta:
         step = difference(t, s)
         last = s.sigma == 0
         one, zero = xp.ones_like(step), xp.zeros_like(step)
-        levels = tuple(_between(grid, c, xp.all(last.reshape(len(grid), -1), axis=1)) for c in nodes)
+        levels = tuple(_between(grid, c, _lowered(last, t.time)) for c in nodes)
         reads = xp.stack([stack(*velocity_reading(grid, level)) for level in (t, *levels)], axis=1)
         stages = tuple(stack(one, *(xp.where(last, 0.0, a) * step for a in row)) for row in rows)
         # the last step reads the clean estimate itself
@@ -75,7 +75,6 @@ class RungeKutta:
 def _between(grid: Grid, fraction: float, last: Array) -> Level:
     """The level a fraction of the way through every step, in time; that of the start where the step is the last."""
     xp = namespace(grid.t)
-    last = last.reshape((-1,) + (1,) * (grid.t.time.ndim - 1))
     time = xp.where(last, grid.t.time, grid.t.time + fraction * (grid.s.time - grid.t.time))
     return grid.process.level(time, trailing=grid.t.alpha.ndim - grid.t.time.ndim)
 
@@ -115,7 +114,7 @@ class EulerMaruyama:
         pull = 0.5 * (1 + self.eta**2) * g2 / level.sigma**2
         step = difference(t, s)
         keep, weight = 1 + step * (drift + pull), -step * pull * level.alpha
-        std = self.eta * xp.sqrt(g2 * xp.abs(step))
+        std = self.eta * root(g2 * xp.abs(step))
         exact = stochastic_exponential(t, s, xp.minimum(self.eta, 1.0))
         columns = [xp.where(singular, b, a) for a, b in zip((keep, weight, std), exact, strict=True)]
         if not is_traced(self.eta) and self.eta == 0:

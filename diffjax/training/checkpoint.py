@@ -1,11 +1,12 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
-`folder/checkpoints/00000500/` holds, written by Orbax, the parameters, their moving average and the
-optimiser's state, and as JSON the step, the random key, the state of the data's iterator, the
+`folder/checkpoints/00000500/` holds the parameters, their moving average and the optimiser's state,
+written by Orbax, and `record.json`: the step, the random key, the state of the data's iterator, the
 configuration and the network's architecture. No part of it is executable.
 
-A checkpoint appears under its name only when all of it is on disk, so what is found is complete. It
-also holds a checksum of every array, since a missing piece of an array file can read as zeros.
+A checkpoint is written beside its place and renamed when all of it is on disk, so what is found under
+its name is complete. The record lists every file with its size and checksum, which are compared before
+anything is read: a missing piece of an array file can read as zeros.
 """
 
 import json
@@ -26,6 +27,7 @@ from jaxtyping import PyTree
 from diffjax.training.step import TrainState
 
 PARTS = ("params", "ema", "optimiser")
+RECORD = "record.json"
 Folder = str | os.PathLike
 
 
@@ -60,6 +62,9 @@ def save(
 ) -> Path:
     """Write a checkpoint of `state` under its step, then remove all but the newest `keep`.
 
+    Checkpoints of later steps are removed too: they belong to a future that this run has left (or
+    could not read), and must not be taken for its newest.
+
     Args:
         folder: the run's folder, made if need be.
         iterator: `get_state()` of the data's iterator.
@@ -83,26 +88,29 @@ def save(
         "config": config or {},
         "architecture": architecture,
         "arrays": {part: {name: _shape(leaf) for name, leaf in tree.items()} for part, tree in trees.items()},
-        "checksums": {part: {name: _checksum(leaf) for name, leaf in tree.items()} for part, tree in trees.items()},
     }
     try:
         json.dumps(record)
     except TypeError as error:
         raise ValueError(f"config, architecture and iterator state must be JSON: {error}") from None
     path = _path(folder, record["step"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        _remove(path)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        # Plain gradient descent, for one, has no state to save.
-        arrays = {part: ocp.args.StandardSave(tree) for part, tree in trees.items() if tree}
-        writer.save(path, ocp.args.Composite(record=ocp.args.JsonSave(record), **arrays))
+    draft = path.with_name(f"writing-{path.name}")
     if jax.process_index() == 0:
-        for old in steps(folder)[:-keep]:
-            _remove(_path(folder, old))
+        path.parent.mkdir(parents=True, exist_ok=True)
         for rest in path.parent.iterdir():  # what a killed run was writing or removing
             if not re.fullmatch(r"\d{8,}", rest.name):
                 shutil.rmtree(rest, ignore_errors=True)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        # Plain gradient descent, for one, has no state to save.
+        arrays = {part: ocp.args.StandardSave(tree) for part, tree in trees.items() if tree}
+        writer.save(draft, ocp.args.Composite(**arrays))
+    if jax.process_index() == 0:
+        _commit(draft, path, record)
+        known = steps(folder)
+        past = [number for number in known if number <= record["step"]]
+        for number in known:
+            if number not in past[-keep:]:
+                _remove(_path(folder, number))
     return path
 
 
@@ -172,13 +180,38 @@ def _newest(folder: Folder, step: int | None, read: Any) -> Any:
     raise ValueError("no checkpoint can be read: " + "; ".join(damage))
 
 
+def _commit(draft: Path, path: Path, record: dict[str, Any]) -> None:
+    """Add the record, with sizes and checksums of all files, and give the folder its name."""
+    files = sorted(file for file in draft.rglob("*") if file.is_file())
+    record = {**record, "files": {str(file.relative_to(draft)): _checksum(file) for file in files}}
+    record["checksum"] = zlib.crc32(json.dumps(record).encode())
+    with (draft / RECORD).open("w") as file:
+        json.dump(record, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        _remove(path)
+    draft.rename(path)
+
+
 def _record(path: Path) -> dict[str, Any]:
-    if not (path / "record").is_dir():
-        raise _Damaged(f"checkpoint {path} is damaged: it lacks its record")
-    record = _read(path, "record", ocp.args.JsonRestore())
-    missing = [part for part, arrays in record["arrays"].items() if arrays and not (path / part).is_dir()]
-    if missing:
-        raise _Damaged(f"checkpoint {path} is damaged: it lacks {missing}")
+    """The record of a checkpoint, once every file has been compared with it."""
+    try:
+        record = json.loads((path / RECORD).read_text())
+        whole = record.pop("checksum") == zlib.crc32(json.dumps(record).encode())
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise _Damaged(f"checkpoint {path} is damaged: {RECORD} cannot be read ({error})") from None
+    if not whole:
+        raise _Damaged(f"checkpoint {path} is damaged: {RECORD} is not what was written")
+    for name, expected in record["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise _Damaged(f"checkpoint {path} is damaged: it lacks {name}")
+        found = _checksum(file)
+        if found[0] != expected[0]:
+            raise _Damaged(f"checkpoint {path} is damaged: {name} has {found[0]} bytes of {expected[0]}")
+        if found != expected:
+            raise _Damaged(f"checkpoint {path} is damaged: {name} is not what was written")
     return record
 
 
@@ -193,29 +226,15 @@ def _restore(path: Path, record: dict[str, Any], like: TrainState) -> Restored:
 
 
 def _part(path: Path, record: dict[str, Any], part: str, like: PyTree) -> PyTree:
-    """One of the trees of arrays, compared with `like` first and with its checksums last."""
+    """One of the trees of arrays, after its shapes were compared with those of `like`."""
     wanted = _flat(like)
     _compare(path, part, {name: _shape(leaf) for name, leaf in wanted.items()}, record["arrays"][part])
     if not wanted:
         return like
     abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
-    found = _read(path, part, ocp.args.StandardRestore(abstract))
-    for name, expected in record["checksums"][part].items():
-        if expected is not None and _checksum(found[name]) != expected:
-            raise _Damaged(f"checkpoint {path} is damaged: {part} {name} is not what was written")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        found = reader.restore(path, ocp.args.Composite(**{part: ocp.args.StandardRestore(abstract)}))[part]
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
-
-
-def _read(path: Path, item: str, args: Any) -> Any:
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            found = reader.restore(path, ocp.args.Composite(**{item: args}))[item]
-    except Exception as error:  # tensorstore, JSON and Orbax have no common error
-        first = (str(error).strip().splitlines() or [""])[0][:200]
-        raise _Damaged(f"checkpoint {path} is damaged: {item} cannot be read ({first})") from error
-    if found is None:
-        raise _Damaged(f"checkpoint {path} is damaged: {item} is empty")
-    return found
 
 
 def _compare(path: Path, part: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
@@ -259,8 +278,10 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _checksum(leaf: jax.Array) -> int | None:
-    """CRC-32 of the bytes; None where other hosts hold a part of the array."""
-    if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        return None
-    return zlib.crc32(np.ascontiguousarray(leaf).tobytes())
+def _checksum(file: Path) -> list[int]:
+    """Size and CRC-32 of a file."""
+    size, code = 0, 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            size, code = size + len(block), zlib.crc32(block, code)
+    return [size, code]

@@ -9,8 +9,10 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,7 +62,8 @@ def fit(
         the state after the last step.
 
     Raises:
-        ValueError: sizes below one; a folder in use without `resume`; a checkpoint of another run.
+        ValueError: sizes below one; a folder in use without `resume`; a checkpoint of another run;
+            batches that end too soon.
         FileNotFoundError: `resume` with a folder that does not exist.
         FloatingPointError: a loss or gradient norm that is not finite; says at which step.
         SystemExit: with status 0, after SIGTERM.
@@ -68,11 +71,14 @@ def fit(
     for name, number in {"steps": steps, "save_every": save_every, "log_every": log_every, "keep": keep}.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    resumed = False
     stateful = hasattr(batches, "get_state") and hasattr(batches, "set_state")
     if resume:
         if folder is None:
             raise ValueError("resume=True needs the folder of the run")
-        state = _resume(state, batches if stateful else None, folder, architecture)
+        resumed = bool(checkpoint.steps(folder)) or not Path(folder).is_dir()
+        if resumed:
+            state = _resume(state, batches if stateful else None, folder, architecture)
     elif folder is not None and checkpoint.steps(folder):
         raise ValueError(
             f"folder {os.fspath(folder)!r} has checkpoints of steps {checkpoint.steps(folder)}: "
@@ -80,7 +86,7 @@ def fit(
         )
     first = int(state.step)
     log = _Log(folder, first)
-    saved = max(checkpoint.steps(folder), default=None) if folder is not None else None
+    saved = first if resumed else None
 
     def save() -> None:
         nonlocal saved
@@ -92,11 +98,17 @@ def fit(
 
     iterator = iter(batches)
     shown = progress and jax.process_index() == 0
-    bar = tqdm(total=steps, initial=first, disable=not shown, unit="step", dynamic_ncols=True)
+    # In a log file every refresh is a line of its own.
+    pace = 0.2 if sys.stderr.isatty() else 5.0
+    bar = tqdm(total=steps, initial=first, disable=not shown, unit="step", mininterval=pace)
     with bar, _termination() as stop:
         save()  # at once: a folder that cannot be written is better known before the work
         for number in range(first, steps):
-            state, metrics = step(state, next(iterator))
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                raise ValueError(f"batches ended after {number} of steps={steps}") from None
+            state, metrics = step(state, batch)
             log.add(number, metrics)
             # One step is always in flight; reading an older result does not hold the device up.
             log.check(1)
@@ -115,16 +127,16 @@ def fit(
 def _resume(
     state: TrainState, batches: Any, folder: str | os.PathLike, architecture: dict[str, Any] | None
 ) -> TrainState:
-    """The newest checkpoint, and the data's iterator in its place; `state` itself if there is none."""
-    if Path(folder).is_dir() and not checkpoint.steps(folder):
-        return state
+    """The state of the newest checkpoint, and the data's iterator put in its place."""
     found = checkpoint.restore(folder, state)
     if None not in (architecture, found.architecture) and architecture != found.architecture:
         raise ValueError(
             f"the checkpoint in {os.fspath(folder)!r} is of another architecture: expected "
             f"{architecture}, found {found.architecture}"
         )
-    if batches is not None:
+    if batches is None:
+        warnings.warn("the batches have no set_state: the resumed run sees its data from the start", stacklevel=3)
+    else:
         if found.iterator is None:
             raise ValueError(f"the checkpoint in {os.fspath(folder)!r} has no state of a data iterator")
         batches.set_state(found.iterator)
