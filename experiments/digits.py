@@ -50,7 +50,7 @@ class Options:
     """Training steps."""
     batch: int = 128
     """Images per training step, over all devices."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Peak learning rate of Adam: warm-up over 100 steps, then a cosine down to 0."""
     channels: tuple[int, ...] = (32, 64)
     """Features of the U-Net at each resolution."""
@@ -163,7 +163,8 @@ def train(options: Options, images: data.Images) -> Model:
     )
     apply, params = networks.functional(network)
     prediction = diffjax.predictions.flow(PROCESS)
-    loss = training.denoising(prediction, apply, dropout=options.dropout, null=CLASSES)
+    # most of the training in the middle of the path, where the digit takes its shape
+    loss = training.denoising(prediction, apply, law=training.logit_normal(), dropout=options.dropout, null=CLASSES)
     optimiser = training.adam(options.learning_rate, warmup=min(100, options.steps - 1), steps=options.steps)
     mesh = training.data_mesh()
     step = training.train_step(loss, optimiser, training.ema.warmed(options.ema), mesh=mesh)

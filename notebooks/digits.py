@@ -29,10 +29,10 @@ from experiments import _plots, digits
 # %%
 process = diffjax.processes.flow()
 prediction = diffjax.predictions.flow(process)
-try:
+if (digits.Options.out / "metrics.json").exists():  # the demo has run to its end
     model = digits.load(digits.Options.out)
     print(f"the demo's model, {networks.count(model.params):,} parameters")
-except FileNotFoundError:
+else:
     unet = networks.UNet((8, 8, 1), channels=(16, 32), condition=networks.label(10), rngs=nnx.Rngs(0))
     apply, params = networks.functional(unet)
     optimiser = training.adam(4e-3, steps=1000)
@@ -69,11 +69,14 @@ figure, axis = plt.subplots(figsize=(10, 2.4), layout="constrained")
 _plots.image_grid(axis, np.stack([show(three.saved.states[steps]), show(three.saved.x0[steps])]))
 axis.set_xticks(np.arange(len(steps)) * 10 + 4.5, [f"t = {t:.1f}" for t in three.saved.x0_level.time[steps]])
 axis.set_yticks([4.5, 14.5], ["state", "clean estimate"])
+plt.show()
+
 # %% [markdown]
 # ## Solvers
 #
-# Every column starts from the same noise. With few steps the first-order solver blurs; with many, all deterministic
-# solvers agree, because they follow the same flow. The stochastic one goes elsewhere.
+# Every column starts from the same noise. Three steps leave strokes unfinished, fewer of them with the second-order
+# solver; with many steps all deterministic solvers agree, because they follow the same flow. The stochastic one goes
+# elsewhere.
 
 # %%
 labels = np.arange(10)
@@ -92,8 +95,8 @@ def draw_all(solver, steps, scale=1.0):
 
 
 rows = {
-    "ddim, 4": (diffjax.solvers.ddim(), 4),
-    "dpmpp, 4": (diffjax.solvers.dpmpp(), 4),
+    "ddim, 3": (diffjax.solvers.ddim(), 3),
+    "dpmpp, 3": (diffjax.solvers.dpmpp(), 3),
     "ddim, 50": (diffjax.solvers.ddim(), 50),
     "dpmpp, 50": (diffjax.solvers.dpmpp(), 50),
     "heun, 25": (diffjax.solvers.heun(), 25),
@@ -102,6 +105,8 @@ rows = {
 figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
 _plots.image_grid(axis, np.stack([draw_all(*row) for row in rows.values()]))
 axis.set_yticks(np.arange(len(rows)) * 10 + 4.5, [f"{name} steps" for name in rows])
+plt.show()
+
 # %% [markdown]
 # ## Guidance
 #
@@ -115,6 +120,8 @@ _plots.image_grid(axis, np.stack([draw_all(diffjax.solvers.dpmpp(), 20, scale) f
 axis.set_yticks(np.arange(len(scales)) * 10 + 4.5, [f"scale {scale:g}" for scale in scales])
 axis.set_xticks(labels * 10 + 4.5, labels)
 axis.set_xlabel("class asked for")
+plt.show()
+
 # %% [markdown]
 # ## From one digit towards another
 #
@@ -132,3 +139,4 @@ edit = lambda start: (
 figure, axis = plt.subplots(figsize=(7, 1.5), layout="constrained")
 _plots.image_grid(axis, show(np.stack([three.x, *map(edit, starts)]))[None])
 axis.set_xticks(np.arange(7) * 10 + 4.5, ["the three", *(f"from t = {t:g}" for t in starts)])
+plt.show()
