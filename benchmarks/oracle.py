@@ -122,9 +122,9 @@ def main(peers: str | None = None) -> dict:
             if "PyTorch" in name:
                 against = seconds["diffjax dpmpp" if "2M" in name else "diffjax ddim"]
                 measured[f"batch {batch}"][f"{name} / diffjax"] = round(value / against, 2)
-                eager = seconds.get("diffjax ddim, eager call")
-                if eager and "DDIM" in name:
-                    measured[f"batch {batch}"][f"{name} / diffjax eager call"] = round(value / eager, 2)
+                call = seconds.get("diffjax ddim, eager call")
+                if call and "DDIM" in name:
+                    measured[f"batch {batch}"][f"{name} / diffjax eager call"] = round(value / call, 2)
     return save("oracle", measured)
 
 

@@ -5,9 +5,22 @@
 See docs/design.md for the vocabulary and README.md for the first steps.
 """
 
-from diffjax import grids, guidance, modifiers, oracles, predictions, processes, solvers
+from diffjax import (
+    corrections,
+    grids,
+    guidance,
+    interop,
+    metrics,
+    modifiers,
+    noises,
+    oracles,
+    predictions,
+    processes,
+    solvers,
+)
 from diffjax.levels import Grid, Info, Level, Process, Row, Sample, Solver
-from diffjax.samplers import sample, sample_many
+from diffjax.samplers import adaptive, adjoint, parallel, sample, sample_many
+from diffjax.suggest import suggest
 
 __version__ = "0.1.0"
 
@@ -19,13 +32,21 @@ __all__ = [
     "Row",
     "Sample",
     "Solver",
+    "adaptive",
+    "adjoint",
+    "corrections",
     "grids",
     "guidance",
+    "interop",
+    "metrics",
     "modifiers",
+    "noises",
     "oracles",
+    "parallel",
     "predictions",
     "processes",
     "sample",
     "sample_many",
     "solvers",
+    "suggest",
 ]

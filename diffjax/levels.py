@@ -79,6 +79,27 @@ def _short(leaf: Any) -> str:
     return getattr(leaf, "__name__", None) or repr(leaf)
 
 
+@value
+class Function:
+    """A plain function as a value, compared by identity."""
+
+    function: Callable = static()
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+def as_value(function: Any) -> Any:
+    """``function`` itself if it is a pytree of its own (or None), else wrapped as a `Function`."""
+    return Function(function) if jax.tree_util.all_leaves([function]) else function
+
+
+def has_functions(*trees: Tree) -> bool:
+    """Whether a plain function is somewhere inside."""
+    leaves = jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, Function))
+    return any(isinstance(leaf, Function) for leaf in leaves)
+
+
 # --- arrays: float64 NumPy where everything is concrete, JAX where anything is traced ------------------------------
 
 
@@ -361,7 +382,12 @@ def restarts(grid: Grid) -> Array:
     )
 
 
-# --- solvers and samples ------------------------------------------------------------------------------------------
+# --- denoisers, solvers and samples -------------------------------------------------------------------------------
+
+
+def remembers(denoise: Any) -> bool:
+    """Whether a denoiser is the pair ``init(x) -> memory``, ``apply(x, level, memory) -> (x0, memory)``."""
+    return hasattr(denoise, "init") and hasattr(denoise, "apply") and not callable(denoise)
 
 
 class Info(NamedTuple):
@@ -376,6 +402,9 @@ class Solver(Protocol):
     """Pure functions over rows, and what they declare; see docs/design.md.
 
     ``noise`` is always a tuple of ``draws`` standard normal trees shaped like the state.
+
+    Optional: ``weak_order`` of a stochastic solver's law (1 where it says nothing); ``constant_coefficients``, true of
+    methods that keep their order on slowly varying steps only; ``renoises``, true of those that add the noise of gaps.
     """
 
     @property
@@ -418,7 +447,8 @@ class Sample(NamedTuple):
     """The result of every sampler, for one sample.
 
     ``nfe`` network evaluations (classifier-free guidance counts two a call), ``rounds`` sequential network calls,
-    ``failed_at`` the first row that left a non-finite state, or -1.
+    ``failed_at`` the first row that left a non-finite state, or -1; ``accepted`` and ``rejected`` steps where they are
+    chosen while sampling.
     """
 
     x: Tree
@@ -426,3 +456,5 @@ class Sample(NamedTuple):
     rounds: Array
     failed_at: Array
     saved: Saved
+    accepted: Array | None = None
+    rejected: Array | None = None

@@ -78,7 +78,6 @@ def test_log_snr_is_uniform(name):
     assert times(open_end)[-1] == 0.1 * process.end
 
 
-@pytest.mark.paper("Elucidating the Design Space of Diffusion-Based Generative Models")
 def test_karras():
     """Equation 5, sigma_i = (max^(1/rho) + i / (N - 1) (min^(1/rho) - max^(1/rho)))^rho and sigma_N = 0."""
     n, rho = 18, 7.0

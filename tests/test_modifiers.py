@@ -18,7 +18,6 @@ def draws(i, like=STARTS, count=2):
     return tuple(np.random.default_rng((i, k)).normal(size=like.shape) for k in range(count))
 
 
-@pytest.mark.paper("Elucidating the Design Space of Diffusion-Based Generative Models")
 @pytest.mark.parametrize("churn", [3.0, 30.0])
 def test_algorithm_2(churn):
     """Heun with churn is algorithm 2 of the paper, written out with its own symbols."""

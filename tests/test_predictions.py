@@ -66,7 +66,7 @@ def test_round_trip(target, name):
         if not exists(target, process, level):
             with pytest.raises(ValueError, match=target):
                 prediction.encode(X0, EPS, level)
-            if target == "score":
+            if level.alpha > 0:  # the state alone is the answer
                 np.testing.assert_allclose(prediction.to_x0(0 * x, x, level), X0, rtol=1e-12)
             continue
         output = prediction.encode(X0, EPS, level)
@@ -153,7 +153,6 @@ def test_weight(target):
             np.testing.assert_allclose(prediction.weight(level), ratio, rtol=1e-8)
 
 
-@pytest.mark.paper("Progressive Distillation for Fast Sampling of Diffusion Models")
 def test_velocity_formulas():
     """v = alpha eps - sigma x_0, x_0 = alpha x - sigma v and eps = sigma x + alpha v for variance preserving."""
     prediction = predictions.velocity(processes.cosine())
@@ -185,7 +184,6 @@ def test_score_is_minus_eps_over_sigma():
     np.testing.assert_allclose(predictions.score(process).encode(X0, EPS, level), -EPS / level.sigma)
 
 
-@pytest.mark.paper("Elucidating the Design Space of Diffusion-Based Generative Models")
 @pytest.mark.parametrize("sigma", [0.002, 0.5, 3.0, 80.0])
 def test_edm_table(sigma):
     """c_skip, c_out, c_in, c_noise, and the loss weight 1 / c_out^2, as in table 1 of the paper."""

@@ -141,7 +141,6 @@ def test_single_precision(process):
     np.testing.assert_allclose(single.half_log_snr, double.half_log_snr, rtol=2e-6)
 
 
-@pytest.mark.paper("Improved Denoising Diffusion Probabilistic Models")
 def test_cosine_table():
     """The cumulative products of the cosine table are f(k) / f(0) where betas are not clipped."""
     process = processes.ddpm(200, schedule="cosine")
@@ -220,7 +219,6 @@ def test_moment_equations(process):
     assert v == pytest.approx(float(end.sigma) ** 2, rel=1e-6)
 
 
-@pytest.mark.paper("Score-Based Generative Modeling through Stochastic Differential Equations")
 def test_published_diffusions():
     """The diffusion coefficients of the paper: VP beta, sub-VP beta (1 - exp(-2 B)), VE d sigma^2 / dt."""
     for t in (0.1, 0.5, 0.93):

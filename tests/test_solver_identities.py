@@ -57,6 +57,16 @@ SECOND_NAMES = {
     ),
     "2M heun = exponential Adams": (solvers.dpmpp(form="heun"), solvers.adams(2, "data", "half_log_snr")),
     "RES-2M = exponential Adams": (solvers.res(2), solvers.adams(2, "data", "half_log_snr")),
+    "SA 3 tau 0 = exponential Adams": (
+        solvers.sa_solver(3, 0, tau=0.0),
+        solvers.adams(3, "data", "half_log_snr"),
+    ),
+    "SA 2-3 tau 0 = exponential Adams pair": (
+        solvers.sa_solver(2, 3, tau=0.0),
+        solvers.adams(2, "data", "half_log_snr", corrector=3),
+    ),
+    "SDE-DPM-Solver++(3M) eta 0 = 3M": (solvers.sde_dpmpp(3, eta=0.0), solvers.dpmpp(3)),
+    "SDE-DPM-Solver++(2M) eta 0 = 2M": (solvers.sde_dpmpp(2, eta=0.0), solvers.dpmpp(2)),
     "3M = UniP-3": (solvers.dpmpp(3), solvers.unip(3, variant="B1")),
     "UniP-3 B1 = B2": (solvers.unip(3, variant="B1"), solvers.unip(3, variant="B2", start="corrected")),
     "rhoAB = LMS": (solvers.deis(3, "rhoab"), solvers.adams(3)),

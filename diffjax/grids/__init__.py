@@ -1,6 +1,29 @@
 """Grids: the sequence of noise levels that a sampler walks."""
 
-from diffjax.grids.spacings import cosine, karras, log_snr, quadratic, table, uniform
+from diffjax.grids.changes import resolution_mu, resolution_shift, reverse, shifted, stretched
+from diffjax.grids.gaps import restart, time_travel
+from diffjax.grids.ratios import beta, exponential, karras
+from diffjax.grids.spacings import cosine, log_snr, power, quadratic, sigmoid, table, uniform
 from diffjax.grids.times import pairs, times
 
-__all__ = ["cosine", "karras", "log_snr", "pairs", "quadratic", "table", "times", "uniform"]
+__all__ = [
+    "beta",
+    "cosine",
+    "exponential",
+    "karras",
+    "log_snr",
+    "pairs",
+    "power",
+    "quadratic",
+    "resolution_mu",
+    "resolution_shift",
+    "restart",
+    "reverse",
+    "shifted",
+    "sigmoid",
+    "stretched",
+    "table",
+    "time_travel",
+    "times",
+    "uniform",
+]

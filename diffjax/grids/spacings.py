@@ -18,7 +18,7 @@ def uniform(process: Process, steps: int = 20, start: Array | None = None, stop:
     >>> uniform(diffjax.processes.flow(), 4).s.time
     array([0.75, 0.5 , 0.25, 0.  ])
     """
-    return _power(process, steps, start, stop, 1.0)
+    return power(process, steps, 1.0, start, stop)
 
 
 def quadratic(process: Process, steps: int = 20, start: Array | None = None, stop: Array = 0.0) -> Grid:
@@ -26,12 +26,44 @@ def quadratic(process: Process, steps: int = 20, start: Array | None = None, sto
 
     Denoising Diffusion Implicit Models, arXiv:2010.02502, appendix D.2.
     """
-    return _power(process, steps, start, stop, 2.0)
+    return power(process, steps, 2.0, start, stop)
+
+
+def power(
+    process: Process, steps: int = 20, exponent: Array = 2.0, start: Array | None = None, stop: Array = 0.0
+) -> Grid:
+    """Uniform in ``t^(1 / exponent)``: 1 is `uniform`, 2 `quadratic`, more is denser near the data.
+
+    Raises ValueError unless exponent > 0.
+    """
+    if not exponent > 0:
+        raise ValueError(f"exponent must be above 0, got {exponent!r}.")
+    process, first, last = limits(process, steps, start, stop)
+    roots = np.linspace(first ** (1 / exponent), last ** (1 / exponent), steps + 1)
+    return times(process, _ends(roots**exponent, first, last))
+
+
+def sigmoid(
+    process: Process, steps: int = 20, steepness: Array = 6.0, start: Array | None = None, stop: Array = 0.0
+) -> Grid:
+    """Times on a logistic curve between its ends: dense at the noise and at the data, wide steps in the middle.
+
+    ``t = stop + (start - stop) (S(k (u - 1/2)) - S(-k/2)) / (S(k/2) - S(-k/2))`` with u uniform from 1 to 0,
+    k the steepness and S the logistic function; k to 0 is `uniform`.
+
+    Raises ValueError unless steepness > 0.
+    """
+    if not steepness > 0:
+        raise ValueError(f"steepness must be above 0, got {steepness!r}.")
+    process, first, last = limits(process, steps, start, stop)
+    # S(k v) - 1/2 = tanh(k v / 2) / 2
+    share = 0.5 + 0.5 * np.tanh(0.5 * steepness * np.linspace(0.5, -0.5, steps + 1)) / np.tanh(0.25 * steepness)
+    return times(process, _ends(last + (first - last) * share, first, last))
 
 
 def cosine(process: Process, steps: int = 20, start: Array | None = None, stop: Array = 0.0) -> Grid:
     """Times on a quarter of a cosine, ``t = stop + (start - stop) (1 - cos(pi u / 2))`` with u uniform from 1 to 0."""
-    process, start, stop = _range(process, steps, start, stop)
+    process, start, stop = limits(process, steps, start, stop)
     u = np.linspace(1.0, 0.0, steps + 1)
     return times(process, _ends(stop + (start - stop) * (1 - np.cos(0.5 * np.pi * u)), start, stop))
 
@@ -49,7 +81,7 @@ def log_snr(
 
     Raises ValueError if ``stop`` has an infinite log-SNR, or fewer steps than the given ends need.
     """
-    process, first, last = _range(process, steps, start, 0.0)
+    process, first, last = limits(process, steps, start, 0.0)
     clean_end = process.level(0.0).sigma == 0
     low = (1e-3 * process.end if clean_end else 0.0) if stop is None else float(stop)
     if np.isinf(process.level(low).half_log_snr):
@@ -70,38 +102,6 @@ def log_snr(
     return times(process, [first] * bool(from_nothing) + list(inside) + [last] * bool(last_step))
 
 
-def karras(
-    process: Process,
-    steps: int = 20,
-    rho: float = 7.0,
-    sigma_max: Array | None = None,
-    sigma_min: Array | None = None,
-    to_data: bool = True,
-) -> Grid:
-    """Uniform in ``(sigma / alpha)^(1 / rho)`` from sigma_max to sigma_min, then a last step to time 0 if ``to_data``.
-
-    Defaults: the noise-to-signal ratio at the process's end (at 0.999 of it where alpha vanishes), and 0.002 or the
-    process's smallest ratio above that.
-    Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, equation 5.
-
-    Raises ValueError unless ``0 < sigma_min < sigma_max`` and rho > 0.
-    """
-    process, first, _ = _range(process, steps, None, 0.0)
-    if process.level(first).alpha == 0:
-        first = (1 - 1e-3) * first
-    noisiest, cleanest = (np.exp(-process.level(t).half_log_snr) for t in (first, 0.0))
-    high = noisiest if sigma_max is None else np.float64(sigma_max)
-    low = max(0.002, cleanest) if sigma_min is None else np.float64(sigma_min)
-    if not 0 < low < high or not rho > 0:
-        raise ValueError(f"need 0 < sigma_min < sigma_max and rho > 0, got {low!r}, {high!r}, rho={rho!r}.")
-    last_step = bool(to_data and cleanest == 0)
-    inner = steps - int(last_step)
-    u = np.linspace(0.0, 1.0, max(inner, 1) + 1)[: inner + 1]
-    ratios = (high ** (1 / rho) + u * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    inside = np.clip(process.level(half_log_snr=-np.log(ratios)).time, 0.0, process.end)
-    return times(process, list(inside) + [0.0] * last_step)
-
-
 def table(process: Process, steps: int = 20, spacing: str = "trailing", offset: int = 0) -> Grid:
     """The steps that samplers of table models take on the integer times of a discrete process with N entries.
 
@@ -109,9 +109,13 @@ def table(process: Process, steps: int = 20, spacing: str = "trailing", offset: 
     "trailing" has k = N - 1 and down in strides of N / steps; "linspace" goes evenly from N - 1 to 0.  The last step
     goes to time 0.  Common Diffusion Noise Schedules and Sample Steps are Flawed, arXiv:2305.08891, table 2.
 
-    Raises ValueError if the process is not discrete, has fewer entries than steps, or for another spacing.
+    Schedulers of the DPM-Solver kind space "leading" and "linspace" over one step more: see
+    `diffjax.interop.diffusers`.
+
+    Raises ValueError if the process is not discrete, has fewer entries than steps, for another spacing, or for an
+    offset that leaves the table.
     """
-    process, end, _ = _range(process, steps, None, 0.0)
+    process, end, _ = limits(process, steps, None, 0.0)
     count = round(float(end))
     if not hasattr(process.schedule, "network_time") or steps > count:
         raise ValueError(f"table needs a discrete process with at least steps={steps} entries, got {process!r}.")
@@ -126,13 +130,8 @@ def table(process: Process, steps: int = 20, spacing: str = "trailing", offset: 
     return times(process, np.append(index + 1.0, 0.0))
 
 
-def _power(process: Process, steps: int, start: Array | None, stop: Array, power: float) -> Grid:
-    process, first, last = _range(process, steps, start, stop)
-    roots = np.linspace(first ** (1 / power), last ** (1 / power), steps + 1)
-    return times(process, _ends(roots**power, first, last))
-
-
-def _range(process: Process, steps: int, start: Array | None, stop: Array) -> tuple[Process, Array, Array]:
+def limits(process: Process, steps: int, start: Array | None, stop: Array) -> tuple[Process, Array, Array]:
+    """The process, start and stop, concrete and checked."""
     if not isinstance(steps, int | np.integer) or steps < 1:
         raise ValueError(f"steps must be an integer of at least 1, got {steps!r}.")
     process = concrete(process)

@@ -24,7 +24,7 @@ def classifier_free(denoise: Any, null: Tree, scale: Array = 1.0) -> ClassifierF
     Raises ValueError if ``denoise`` has no condition, null does not fit it, or a concrete scale is not finite.
     """
     held = dataclasses.is_dataclass(denoise) and any(f.name == "condition" for f in dataclasses.fields(denoise))
-    condition = denoise.condition if held else None
+    condition = getattr(denoise, "condition", None) if held else None
     if condition is None:
         raise ValueError(f"classifier_free needs a denoiser with a condition to replace, got {denoise!r}.")
     null = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, jnp.result_type(like)), null, _checked(null, condition))

@@ -12,7 +12,6 @@ import numpy as np
 
 from diffjax.levels import Array, Level, static, value
 
-
 _SMALLEST = 1e-30  # a variance by which squared distances up to 1e8 can be divided in float32
 
 

@@ -10,6 +10,7 @@ wherever D is not 0.  Each target states these four coefficients in a form that 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -126,10 +127,19 @@ class Denoiser:
         return self.prediction.to_x0(output, x, level)
 
     def check(self, t: Level) -> None:
-        """Raise ValueError if the target does not determine x_0 at some of the (concrete) levels ``t``."""
+        """Raise ValueError if the (concrete) levels ``t`` are not the process's, or do not determine x_0."""
         c = self.prediction.target.linear(self.prediction.process, t)
-        if is_traced(c.x0_from_x):
+        if is_traced(c.x0_from_x, self.prediction.process, t):
             return
+        own = self.prediction.process.level(np.clip(np.asarray(t.time, np.float64), 0, self.prediction.process.end))
+        alpha, sigma = (np.reshape(leaf, np.shape(t.time)) for leaf in (t.alpha, t.sigma))
+        near = functools.partial(np.isclose, rtol=1e-4, atol=1e-6)
+        other = ~(near(own.alpha, alpha) & near(own.sigma, sigma))
+        if np.any(other):
+            raise ValueError(
+                f"prediction {self.prediction!r} does not fit the grid's process, whose level at time"
+                f" {t.time[other][0]} is alpha={alpha[other][0]}, sigma={sigma[other][0]}."
+            )
         _, time = self.prediction.target.inputs(self.prediction.process, t)
         self._refuse(t, ~(np.isfinite(c.x0_from_x) & np.isfinite(c.x0_from_target)), "does not determine x_0")
         self._refuse(t, ~np.isfinite(time), "conditions the network on an infinite number")

@@ -3,6 +3,9 @@
 Index k = 0 .. N - 1 of the table is time ``k + 1``; time 0 is the data, and in between log alpha is interpolated
 linearly, so that solvers may stop at any time.  Networks trained on the table are conditioned on k: see
 ``network_time`` of the predictions.
+
+A table may end at alpha = 0 (zero terminal SNR): alpha itself is then linear in the last interval, where log alpha
+cannot be.
 """
 
 from __future__ import annotations
@@ -52,17 +55,45 @@ def ddpm(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, sc
     return table(betas)
 
 
+def zero_terminal_snr(process: Process) -> Process:
+    """A table process rescaled so that it ends at pure noise: alpha is exactly 0 at its end.
+
+    ``alpha <- (alpha - alpha_N) alpha_1 / (alpha_1 - alpha_N)`` over the entries 1 .. N: the first is unchanged.
+    Use a prediction that is defined at alpha = 0 (velocity or data) and a grid that starts at the end ("trailing").
+
+    Common Diffusion Noise Schedules and Sample Steps are Flawed, arXiv:2305.08891, algorithm 1.
+
+    Raises ValueError if the process is not a table of at least two entries.
+
+    >>> float(zero_terminal_snr(ddpm()).level(1000.0).alpha)
+    0.0
+    """
+    schedule = process.schedule
+    if not isinstance(schedule, Table) or np.size(schedule.log_alpha) < 3:
+        raise ValueError(f"zero_terminal_snr needs a table of at least two entries, got {process!r}.")
+    alpha = np.exp(np.asarray(schedule.log_alpha, np.float64)[1:])
+    rescaled = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    with np.errstate(divide="ignore"):
+        return Process(Table(np.concatenate([[0.0], np.log(rescaled)])), process.end)
+
+
 @value
 class Table:
-    log_alpha: Array  # shape (N + 1,), log_alpha[0] = 0
+    log_alpha: Array  # shape (N + 1,), log_alpha[0] = 0; the last may be -inf
     factory = "table"
 
     def _parts(self, time):
+        """``log alpha`` and its slope in time; they end at -inf where the table ends at alpha = 0."""
         xp, t, logs = arrays(time, self.log_alpha)
         last = logs.shape[0] - 1
         k = xp.clip(xp.floor(t), 0, last - 1).astype(int)
-        slope = logs[k + 1] - logs[k]
-        return xp, logs[k] + (t - k) * slope, slope
+        vanishing = xp.isinf(logs[k + 1])
+        slope = xp.where(vanishing, 0.0, xp.where(vanishing, 0.0, logs[k + 1]) - logs[k])
+        left = xp.where(vanishing, last - t, 1.0)  # the share of alpha that is left in a vanishing interval
+        safe = xp.where(left > 0, left, 1.0)
+        log_alpha = logs[k] + xp.where(vanishing, xp.where(left > 0, xp.log(safe), -xp.inf), (t - k) * slope)
+        slope = xp.where(vanishing, xp.where(left > 0, -1.0 / safe, -xp.inf), slope)
+        return xp, log_alpha, slope
 
     def alpha(self, time):
         xp, log_alpha, _ = self._parts(time)
@@ -74,8 +105,9 @@ class Table:
 
     def half_log_snr(self, time):
         xp, log_alpha, _ = self._parts(time)
-        with_zero = xp.where(log_alpha == 0, -1.0, log_alpha)
-        return xp.where(log_alpha == 0, xp.inf, -0.5 * xp.log(xp.expm1(-2 * with_zero)))
+        safe = xp.where((log_alpha == 0) | xp.isinf(log_alpha), -1.0, log_alpha)
+        inside = log_alpha_over_sigma(xp, safe)
+        return xp.where(log_alpha == 0, xp.inf, xp.where(xp.isinf(log_alpha), -xp.inf, inside))
 
     def time(self, half_log_snr):
         xp, value_, logs = arrays(half_log_snr, self.log_alpha)
@@ -83,15 +115,22 @@ class Table:
         last = logs.shape[0] - 1
         # logs decrease, searchsorted wants an increasing table; beyond the end the last slope goes on
         k = xp.clip(xp.searchsorted(-logs, -log_alpha, side="right") - 1, 0, last - 1)
-        return k + (log_alpha - logs[k]) / (logs[k + 1] - logs[k])
+        vanishing = xp.isinf(logs[k + 1])
+        slope = xp.where(vanishing, -1.0, xp.where(vanishing, 0.0, logs[k + 1]) - logs[k])
+        inside = xp.where(xp.isinf(log_alpha), logs[k], log_alpha)
+        linear = k + (inside - logs[k]) / slope
+        return xp.where(vanishing, last - xp.exp(log_alpha - logs[k]), linear)
 
     def alpha_rate(self, time):
         xp, log_alpha, slope = self._parts(time)
-        return slope * xp.exp(log_alpha)
+        # alpha is linear in a vanishing interval: its rate is finite at the end, where the slope of its log is not
+        logs = arrays(time, self.log_alpha)[2]
+        last = logs.shape[0] - 1
+        end = xp.isinf(slope)
+        return xp.where(end, -xp.exp(logs[last - 1]), xp.where(end, 0.0, slope) * xp.exp(log_alpha))
 
     def variance_rate(self, time):
-        xp, log_alpha, slope = self._parts(time)
-        return -slope * xp.exp(2 * log_alpha)
+        return -self.alpha(time) * self.alpha_rate(time)
 
     def sigma_rate(self, time):
         xp, log_alpha, _ = self._parts(time)
@@ -101,3 +140,8 @@ class Table:
     def network_time(self, time):
         """The table's index k = time - 1, which networks trained on the table are conditioned on."""
         return time - 1
+
+
+def log_alpha_over_sigma(xp, log_alpha):
+    """``log(alpha / sqrt(1 - alpha^2))`` without overflow for small alpha and without cancellation near 1."""
+    return log_alpha - 0.5 * xp.log(-xp.expm1(2 * log_alpha))

@@ -1,6 +1,9 @@
 """Samplers: the drivers that own the loop."""
 
+from diffjax.samplers.adaptive import adaptive
+from diffjax.samplers.adjoint import adjoint
 from diffjax.samplers.many import sample_many
+from diffjax.samplers.parallel import parallel
 from diffjax.samplers.sequential import sample
 
-__all__ = ["sample", "sample_many"]
+__all__ = ["adaptive", "adjoint", "parallel", "sample", "sample_many"]

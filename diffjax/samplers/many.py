@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def sample_many(
         return keys, jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[index], condition), sharding)
 
     shapes = jax.eval_shape(_draw_chunk, draw, *part(0))[0]
-    store = _Store(path, _signature(key, count, shapes), shapes, count)
+    store = _Store(path, _signature(key, count, shapes, condition), shapes, count)
     starts = [start for start in range(0, count, chunk) if not store.complete(start, min(start + chunk, count))]
     for start in _shown(starts, chunk, count, progress):
         x, nfe, failed_at = jax.device_get(_draw_chunk(draw, *part(start)))
@@ -82,10 +83,13 @@ def _draw_chunk(draw: Callable[..., Any], keys: Array, condition: Tree) -> tuple
     return jax.vmap(one)(keys, condition)
 
 
-def _signature(key: Array, count: int, shapes: Tree) -> dict:
+def _signature(key: Array, count: int, shapes: Tree, condition: Tree) -> dict:
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     leaves = [[list(leaf.shape[1:]), str(leaf.dtype)] for leaf in jax.tree.leaves(shapes)]
-    return {"key": np.asarray(data).tolist(), "count": count, "leaves": leaves}
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(condition):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return {"key": np.asarray(data).tolist(), "count": count, "leaves": leaves, "condition": digest.hexdigest()}
 
 
 def _shown(starts: list[int], chunk: int, count: int, progress: bool):

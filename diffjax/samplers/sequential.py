@@ -23,13 +23,15 @@ from diffjax.levels import (
     Saved,
     Solver,
     Tree,
+    as_value,
+    has_functions,
     is_traced,
     joins,
-    static,
-    value,
+    remembers,
 )
 from diffjax.modifiers.gaps import renoised
 from diffjax.samplers.progress import tick
+from diffjax.solvers.learned_variance import with_variance
 
 SAVES = ("states", "x0")
 # Up to this many entries a sample all noise is drawn in one operation before the loop: the same numbers, fewer kernels.
@@ -38,7 +40,7 @@ _EARLY = 1024
 
 def sample(
     key: Array,
-    denoise: Callable[[Tree, Level], Tree],
+    denoise: Any,
     solver: Solver,
     grid: Grid,
     shape: tuple[int, ...] | None = None,
@@ -51,7 +53,7 @@ def sample(
     final_denoise: bool = False,
     progress: bool = False,
     remat: bool = False,
-    noise: Callable[[Array, Array, Tree, int], tuple[Tree, ...]] | None = None,
+    noise: Callable[[Array, Array, Row, Tree, int], tuple[Tree, ...]] | None = None,
 ) -> Sample:
     """Draw one sample by running ``solver`` along ``grid``; batches come from `jax.vmap` over keys.
 
@@ -72,7 +74,9 @@ def sample(
         final_denoise: replace the result by the clean estimate there: for grids that end at sigma > 0; one call.
         progress: a progress bar that ticks once a row, also under vmap.
         remat: recompute each row in the backward pass, so that gradients keep one state a row.
-        noise: ``(key, row index, x, draws) -> draws standard normal trees``; default `normal_noise`.
+        noise: ``(key, row index, row, x, draws) -> draws standard normal trees``, best a pytree; default independent
+            draws for every row. `diffjax.noises` has others: a Brownian path that grids of different lengths share,
+            stored noise.
 
     Returns a `Sample`.  Denoiser calls: ``solver.calls`` a row.
 
@@ -85,13 +89,39 @@ def sample(
     Array(8, dtype=int32)
     """
     save = (save,) if isinstance(save, str) else tuple(save)
-    _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every)
+    if not set(save) <= set(SAVES):
+        raise ValueError(f"save must be among {SAVES}, got {save!r}.")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an integer of at least 1, got {every!r}.")
+    noise_key, x, rows, solver = prepare(key, denoise, solver, grid, shape, x, start, dtype, noise)
+    options = Options(save, every, final_denoise, progress, remat)
+    denoise, noise = as_value(denoise), as_value(noise)
+    # a closure may hold tracers of the caller, which must not enter a cache
+    run = _run if has_functions(denoise, noise) and is_traced(key, x, rows) else _compiled
+    return run(noise_key, x, denoise, solver, rows, noise, options)
+
+
+def prepare(
+    key: Array,
+    denoise: Any,
+    solver: Solver,
+    grid: Grid,
+    shape: tuple[int, ...] | None,
+    x: Tree | None,
+    start: Array | None,
+    dtype: Any,
+    noise: Any,
+) -> tuple[Array, Tree, Row, Solver]:
+    """What every driver over rows begins with: ``(noise key, state at the first row, rows, solver)``, all checked."""
+    _check_arguments(denoise, solver, grid, shape, x, start, dtype)
     prior_key, noise_key = jax.random.split(key)
     if grid.gaps:
         solver = renoised(solver)
     if start is not None:
         grid = grid[_first_step(grid, start) :]
     rows = solver.plan(grid)
+    if hasattr(noise, "check"):
+        noise.check(solver, rows)
     entry = jax.tree.map(lambda leaf: leaf[0], rows.t)
     if hasattr(denoise, "check"):
         denoise.check(rows.t)
@@ -106,12 +136,7 @@ def sample(
         x = _noised(prior_key, x, *join)
     kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).dtype
     rows = jax.tree.map(lambda leaf: (jnp.asarray if is_traced(leaf) else np.asarray)(leaf, kind), rows)
-    options = Options(save, every, final_denoise, progress, remat, normal_noise if noise is None else noise)
-    if not _is_value(denoise):
-        if is_traced(key, x, rows):  # a closure may hold tracers of the caller, which must not enter a cache
-            return _run(noise_key, x, Function(denoise), solver, rows, options)
-        denoise = Function(denoise)
-    return _compiled(noise_key, x, denoise, solver, rows, options)
+    return noise_key, x, rows, solver
 
 
 class Options(NamedTuple):
@@ -122,17 +147,6 @@ class Options(NamedTuple):
     final_denoise: bool
     progress: bool
     remat: bool
-    noise: Callable
-
-
-@value
-class Function:
-    """A plain function as a value, compared by identity."""
-
-    function: Callable = static()
-
-    def __call__(self, x: Tree, level: Level) -> Tree:
-        return self.function(x, level)
 
 
 class Carry(NamedTuple):
@@ -158,6 +172,14 @@ class Counter:
             x0, self.memory = self.denoise.apply(x, level, self.memory)
         else:
             x0 = self.denoise(x, level)
+        return self._counted(x, x0, level)
+
+    def with_variance(self, x: Tree, level: Level) -> tuple[Tree, Tree]:
+        """The clean estimate and the predicted variance of the reverse step, in one call."""
+        x0, share = with_variance(self.denoise)(x, level)
+        return self._counted(x, x0, level), share
+
+    def _counted(self, x: Tree, x0: Tree, level: Level) -> Tree:
         expected, found = (jax.tree.map(jnp.shape, tree) for tree in (x, x0))
         if expected != found:
             raise ValueError(f"denoise returned shape {found} for a state of shape {expected}; they must be equal.")
@@ -166,13 +188,9 @@ class Counter:
         return x0
 
 
-def remembers(denoise: Any) -> bool:
-    """Whether a denoiser is the pair ``init(x)``, ``apply(x, level, memory)``."""
-    return hasattr(denoise, "init") and hasattr(denoise, "apply") and not callable(denoise)
-
-
-def normal_noise(key: Array, index: Array, x: Tree, draws: int) -> tuple[Tree, ...]:
+def normal_noise(key: Array, index: Array, row: Row | None, x: Tree, draws: int) -> tuple[Tree, ...]:
     """Standard normal trees shaped like ``x`` that depend on the key and the row's index alone."""
+    del row
     key = jax.random.fold_in(key, index)
     leaves, structure = jax.tree.flatten(x)
     count = draws * len(leaves)
@@ -181,7 +199,7 @@ def normal_noise(key: Array, index: Array, x: Tree, draws: int) -> tuple[Tree, .
     return tuple(structure.unflatten(normals[i : i + len(leaves)]) for i in range(0, count, len(leaves)))
 
 
-def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, options: Options) -> Sample:
+def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, noise: Any, options: Options) -> Sample:
     count = rows.t.time.shape[0]
     slots = -(-count // options.every)
     zero = jnp.zeros((), jnp.int32)
@@ -196,15 +214,16 @@ def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, options: 
     )
 
     indices = jnp.arange(count, dtype=jnp.int32)
-    early = solver.draws and options.noise is normal_noise and count * solver.draws * _size(x) <= _EARLY
-    drawn = jax.vmap(lambda index: normal_noise(key, index, x, solver.draws))(indices) if early else None
+    early = solver.draws and noise is None and count * solver.draws * _size(x) <= _EARLY
+    drawn = jax.vmap(lambda index: normal_noise(key, index, None, x, solver.draws))(indices) if early else None
 
     def body(carry: Carry, indexed: tuple[Array, Row, Tree]) -> tuple[Carry, None]:
-        index, row, noise = indexed
+        index, row, draws = indexed
         counter = Counter(denoise, carry.denoiser, carry.nfe)
-        if noise is None:
-            noise = options.noise(key, index, carry.x, solver.draws) if solver.draws else ()
-        x, memory, info = solver.step(noise, counter, carry.x, carry.solver, row)
+        if draws is None:
+            draw = normal_noise if noise is None else noise
+            draws = draw(key, index, row, carry.x, solver.draws) if solver.draws else ()
+        x, memory, info = solver.step(draws, counter, carry.x, carry.solver, row)
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x)]).all()
         failed_at = jnp.where((carry.failed_at < 0) & ~finite, index, carry.failed_at)
         slot = index // options.every  # overwritten until the last row of its group
@@ -266,7 +285,7 @@ def _write(buffer: Tree | None, x: Tree, slot: Array) -> Tree | None:
 def _noised(key: Array, x: Tree, keep: Array, std: Array) -> Tree:
     if not is_traced(keep, std) and np.all(keep == 1) and np.all(std == 0):
         return x
-    (noise,) = normal_noise(key, 0, x, 1)
+    (noise,) = normal_noise(key, 0, None, x, 1)
     return jax.tree.map(lambda leaf, z: (keep * leaf + std * z).astype(leaf.dtype), x, noise)
 
 
@@ -281,11 +300,7 @@ def _first_step(grid: Grid, start: Array) -> int:
     return int(np.argmax(below))
 
 
-def _is_value(denoise: Any) -> bool:
-    return not jax.tree_util.treedef_is_leaf(jax.tree.structure(denoise))
-
-
-def _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every) -> None:
+def _check_arguments(denoise, solver, grid, shape, x, start, dtype) -> None:
     if not isinstance(grid, Grid):
         raise ValueError(f"grid must be a Grid (see diffjax.grids), got {grid!r}.")
     if not isinstance(solver, Solver):
@@ -298,7 +313,3 @@ def _check_arguments(denoise, solver, grid, shape, x, start, dtype, save, every)
         raise ValueError(f"start={start!r} needs x, the clean data to be noised.")
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
         raise ValueError(f"dtype must be float32 or wider (networks may cast inside), got {dtype!r}.")
-    if not set(save) <= set(SAVES):
-        raise ValueError(f"save must be among {SAVES}, got {save!r}.")
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an integer of at least 1, got {every!r}.")

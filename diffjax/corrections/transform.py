@@ -1,0 +1,79 @@
+"""Changes of a denoiser's clean estimate, for plain denoisers and for those that remember."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from diffjax.levels import Array, Level, Tree, as_value, remembers, value
+
+
+def transformed(denoise: Any, change: Callable[[Tree, Tree, Level], Tree]) -> Plain | Remembering:
+    """The denoiser ``change(x, denoise(x, level), level)``; ``change`` is best a value, so that it is an argument."""
+    kind = Remembering if remembers(denoise) else Plain
+    return kind(as_value(denoise), as_value(change))
+
+
+@value
+class Plain:
+    denoise: Any
+    change: Any
+
+    def __repr__(self) -> str:
+        return f"{self.change!r} of {self.denoise!r}"
+
+    def __call__(self, x: Tree, level: Level) -> Tree:
+        return self.change(x, self.denoise(x, level), level)
+
+    @property
+    def condition(self) -> Tree:
+        return getattr(self.denoise, "condition", None)
+
+    def check(self, t: Level) -> None:
+        check(self.denoise, t)
+
+    def evaluations(self, level: Level) -> Array:
+        return evaluations(self.denoise, level)
+
+
+@value
+class Remembering:
+    denoise: Any
+    change: Any
+
+    def __repr__(self) -> str:
+        return f"{self.change!r} of {self.denoise!r}"
+
+    def init(self, x: Tree) -> Tree:
+        return self.denoise.init(x)
+
+    def apply(self, x: Tree, level: Level, memory: Tree) -> tuple[Tree, Tree]:
+        x0, memory = self.denoise.apply(x, level, memory)
+        return self.change(x, x0, level), memory
+
+    @property
+    def condition(self) -> Tree:
+        return getattr(self.denoise, "condition", None)
+
+    def check(self, t: Level) -> None:
+        check(self.denoise, t)
+
+    def evaluations(self, level: Level) -> Array:
+        return evaluations(self.denoise, level)
+
+
+def check(denoise: Any, t: Level) -> None:
+    """A denoiser's own check of the levels of a plan, where it has one."""
+    if hasattr(denoise, "check"):
+        denoise.check(t)
+
+
+def evaluations(denoise: Any, level: Level) -> Array:
+    """Network evaluations of a call."""
+    own = getattr(denoise, "evaluations", None)
+    return 1 if own is None else own(level)
+
+
+def noise_estimate(x: Array, x0: Array, level: Level) -> Array:
+    """``eps = (x - alpha x0) / sigma``, for sigma > 0."""
+    return (x - level.alpha * x0) / level.sigma

@@ -1,0 +1,149 @@
+"""Diffusion transformer: patches as tokens, conditioned by adaLN-zero.
+
+The architecture of "Scalable Diffusion Models with Transformers" (arXiv:2212.09748). The embedding
+e of time and pooled conditions gives each block six vectors (shift, scale, gate, twice):
+
+    h <- h + gate1(e) * attention(norm(h) * (1 + scale1(e)) + shift1(e))
+    h <- h + cross_attention(norm(h), tokens)              only with a token condition
+    h <- h + gate2(e) * mlp(norm(h) * (1 + scale2(e)) + shift2(e))
+
+The gates start at zero, so that every block starts as the identity, and so does the output layer:
+at initialisation the output is zero.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from numpy.typing import DTypeLike
+
+from diffjax.networks import layers
+from diffjax.networks.functional import Time, described
+
+
+class Block(nnx.Module):
+    """Transformer block on (N, width) tokens, modulated by the embedding."""
+
+    def __init__(self, width: int, heads: int, ratio: float | int, context: list[int], **options: Any):
+        self.modulate = nnx.Linear(width, 6 * width, **(options | layers.ZERO))
+        self.attention = layers.Attention(width, heads, **options)
+        # One cross-attention for each token condition; zero output, so it starts silent too.
+        self.cross = nnx.List(layers.Attention(width, heads, context=size, zero=True, **options) for size in context)
+        inner = int(width * ratio)
+        self.mlp_in = nnx.Linear(width, inner, **options)
+        self.mlp_out = nnx.Linear(inner, width, **options)
+
+    def __call__(
+        self,
+        h: Float[Array, "n d"],
+        embedding: Float[Array, " d"],
+        sequences: list[Float[Array, "length c"]],
+    ) -> Float[Array, "n d"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulate(embedding), 6)
+        h = h + gate1 * self.attention(layers.layer_norm(h) * (1 + scale1) + shift1)
+        for attention, sequence in zip(self.cross, sequences, strict=True):
+            h = h + attention(layers.layer_norm(h), sequence.astype(h.dtype))
+        inner = self.mlp_in(layers.layer_norm(h) * (1 + scale2) + shift2)
+        return h + gate2 * self.mlp_out(nnx.gelu(inner))
+
+
+class DiT(nnx.Module):
+    """Diffusion transformer; called as `dit(x, t, condition=None)` on one sample (H, W, C).
+
+    Args:
+        shape: (H, W, C) of one image; a network runs at this size only.
+        patch: side of the square patches that become tokens; must divide H and W.
+        width: features of a token, divisible by 4 (its position has four kinds of waves).
+        depth: number of blocks.
+        heads: attention heads; must divide `width`.
+        ratio: hidden features of the block's perceptron, in units of `width`.
+        condition: `label(classes)`, `vector(size)`, `tokens(size)`, a tuple of them, or None.
+            Labels and vectors are added to the time embedding, token sequences are attended to.
+        output: output channels, default C.
+        time_scale: multiplies t before its sinusoidal features; 1000 suits times in [0, 1].
+        dtype: type of the computation; parameters and output are float32.
+
+    Raises:
+        ValueError: sizes that do not fit, named.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        patch: int = 2,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        ratio: float | int = 4.0,
+        condition: Any = None,
+        output: int | None = None,
+        time_scale: float | int = 1000.0,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        shape = tuple(shape)
+        specs = layers.conditions(condition)
+        if len(shape) != 3:
+            raise ValueError(f"shape must be (H, W, C), got {shape}")
+        layers.divides("patch", patch, "H", shape[0])
+        layers.divides("patch", patch, "W", shape[1])
+        layers.divides("heads", heads, "width", width)
+        layers.positive("depth", depth)
+        if width % 4:
+            raise ValueError(f"width must be divisible by 4, got {width}")
+        dtype = jnp.dtype(dtype)
+        self.architecture = described(
+            "dit",
+            shape=shape,
+            patch=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            ratio=ratio,
+            condition=tuple(tuple(spec) for spec in specs),
+            output=output,
+            time_scale=time_scale,
+            dtype=dtype.name,
+        )
+        self.shape, self.patch, self.width, self.dtype = shape, patch, width, dtype
+        self.output = output or shape[2]
+        options = layers.linear_options(dtype, rngs)
+        self.embed = layers.Embedding(width, specs, time_scale=time_scale, **options)
+        self.stem = nnx.Linear(patch * patch * shape[2], width, **options)
+        context = [spec.size for spec in specs if spec.kind == "tokens"]
+        self.blocks = nnx.List(Block(width, heads, ratio, context, **options) for _ in range(depth))
+        self.modulate = nnx.Linear(width, 2 * width, **(options | layers.ZERO))
+        self.out = nnx.Linear(width, patch * patch * self.output, **(options | layers.ZERO))
+
+    def __call__(self, x: Float[Array, "..."], t: Time, condition: Any = None) -> Float[Array, "h w out"]:
+        if x.shape != self.shape:
+            raise ValueError(
+                f"x must be one image of shape {self.shape} (batches go through jax.vmap), got shape {x.shape}"
+            )
+        embedding, sequences = self.embed(jnp.asarray(t), condition)
+        height, width, patch = x.shape[0] // self.patch, x.shape[1] // self.patch, self.patch
+        split = x.astype(self.dtype).reshape(height, patch, width, patch, -1)
+        h = self.stem(split.transpose(0, 2, 1, 3, 4).reshape(height * width, -1))
+        h = h + positions(height, width, self.width).astype(h.dtype)
+        for block in self.blocks:
+            h = block(h, embedding, sequences)
+        shift, scale = jnp.split(self.modulate(embedding), 2)
+        h = self.out(layers.layer_norm(h) * (1 + scale) + shift).astype(jnp.float32)
+        split = h.reshape(height, width, patch, patch, self.output).transpose(0, 2, 1, 3, 4)
+        return split.reshape(height * patch, width * patch, self.output)
+
+
+def positions(height: int, width: int, size: int) -> Float[Array, "{height}*{width} {size}"]:
+    """Fixed sine and cosine features of a token's row (first half) and column (second half)."""
+    rates = 10000.0 ** (-np.arange(size // 4) / (size // 4))
+
+    def waves(index: np.ndarray) -> np.ndarray:
+        angles = index[:, None] * rates
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, columns = np.divmod(np.arange(height * width), width)
+    return jnp.asarray(np.concatenate([waves(rows), waves(columns)], axis=1), jnp.float32)
