@@ -154,7 +154,8 @@ def test_noise_is_standard_and_independent():
     keys = jax.random.split(KEY, 4)
     batched = jax.vmap(lambda key: sequential.normal_noise(key, jnp.int32(3), None, jnp.zeros(5), 1)[0])(keys)
     for k in range(4):
-        np.testing.assert_array_equal(
+        alone = sequential.normal_noise(keys[k], jnp.int32(3), None, jnp.zeros(5), 1)[0]
+        np.testing.assert_array_equal(batched[k], alone)
             batched[k], sequential.normal_noise(keys[k], jnp.int32(3), None, jnp.zeros(5), 1)[0]
         )
 
