@@ -57,6 +57,7 @@ format: $(READY)  ## let ruff fix and format
 docs: $(READY)  ## write the generated pages of docs/
 	$(BIN)/python -m tools.methods_table
 	$(BIN)/python -m tools.api_tables
+	$(BIN)/python -m tools.solvers_table
 
 bench: $(READY)  ## run the benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)

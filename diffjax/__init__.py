@@ -5,7 +5,19 @@
 See docs/design.md for the vocabulary and README.md for the first steps.
 """
 
-from diffjax import corrections, grids, guidance, interop, modifiers, noises, oracles, predictions, processes, solvers
+from diffjax import (
+    corrections,
+    grids,
+    guidance,
+    interop,
+    metrics,
+    modifiers,
+    noises,
+    oracles,
+    predictions,
+    processes,
+    solvers,
+)
 from diffjax.levels import Grid, Info, Level, Process, Row, Sample, Solver
 from diffjax.samplers import adaptive, adjoint, parallel, sample, sample_many
 from diffjax.suggest import suggest
@@ -26,6 +38,7 @@ __all__ = [
     "grids",
     "guidance",
     "interop",
+    "metrics",
     "modifiers",
     "noises",
     "oracles",

@@ -402,6 +402,9 @@ class Solver(Protocol):
     """Pure functions over rows, and what they declare; see docs/design.md.
 
     ``noise`` is always a tuple of ``draws`` standard normal trees shaped like the state.
+
+    Optional: ``weak_order`` of a stochastic solver's law (1 where it says nothing); ``constant_coefficients``, true of
+    methods that keep their order on slowly varying steps only; ``renoises``, true of those that add the noise of gaps.
     """
 
     @property

@@ -74,7 +74,7 @@ def test_kernel(case):
 def test_update_is_the_step_of_a_one_call_solver(case):
     solver = case.build()
     if not hasattr(solver, "update"):
-        assert solver.calls > 1
+        assert solver.calls > 1 or getattr(solver, "entry", False)
         return
     rows, x, memory = solver.plan(contract.rough(5)), STARTS, contract.initial(solver, STARTS)
     for i in range(length(rows)):
@@ -133,8 +133,8 @@ def test_standing_still(case, process):
 
     (A corrector may still improve an entry in the row after it moved.)
     """
-    if case.name.startswith("churned("):
-        pytest.skip("churn moves every level")
+    if case.name.startswith(("churned(", "annealed_langevin(")):
+        pytest.skip("the state moves within a level")
     solver = case.build()
     x = np.array([0.4, -1.2, 0.7, 0.1])
     rows = solver.plan(grids.times(process(), STILL))
@@ -144,7 +144,8 @@ def test_standing_still(case, process):
     assert np.sum(rested) >= 4 and np.all(np.isfinite(states))
     for i in range(length(rows)):
         np.testing.assert_array_equal(states[i + 1][rested[i]], states[i][rested[i]])
-    for column in (0, 3) if length(rows) == len(STILL) - 1 else ():
+    apart = length(rows) == len(STILL) - 1 and not getattr(solver, "couples", False)
+    for column in (0, 3) if apart else ():
         alone = solver.plan(grids.times(process(), STILL[:, column]))
         only = slice(column, column + 1)
         noise = lambda i, only=only: tuple(z[only] for z in fixed_noise(solver, x)(i))
@@ -178,7 +179,8 @@ def test_invariance(case):
         same = process.level(half_log_snr=clock.process.level(times).half_log_snr).time
         if np.all(np.isfinite(same)) and np.all(same <= process.end):
             found = result(grids.times(process, same), STARTS)
-            if case.name != "ancestral(variance=1.0)":  # the forward step's variance, which is not in x / alpha
+            # the forward step and its variance are not in x / alpha
+            if case.name not in ("ancestral(variance=1.0)", "reverse_diffusion()"):
                 np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8)
 
 

@@ -1,12 +1,10 @@
 """The generated pages are current, links lead somewhere, and the generators find their facts."""
 
 import re
-import sys
-import types
 
 import pytest
 
-from tools import api_tables, methods_table, notebooks, pages
+from tools import api_tables, methods_table, notebooks, pages, solvers_table
 
 GENERATED = {pages.ROOT / "docs" / "methods.md": methods_table.render, **api_tables.PAGES}
 WRITTEN = [
@@ -109,19 +107,24 @@ def test_run_writes_then_checks(tmp_path, capsys):
     assert pages.run({path: lambda: "newer"}, ["--check"]) == 1
 
 
-def test_solvers_table_reads_what_solvers_declare(monkeypatch):
-    def exact(calls=2):
-        """One line.
+def test_solvers_page_is_current():
+    assert not solvers_table.stale(), "run `make docs`"
 
-        More.
-        """
-        return types.SimpleNamespace(order=3, calls=calls, draws=0)
 
-    module = types.ModuleType("toy_solvers")
-    module.exact, module.__all__ = exact, ["exact"]
-    monkeypatch.setitem(sys.modules, "toy_solvers", module)
-    row = api_tables.render_solvers("toy_solvers").splitlines()[-1]
-    assert row == "| `exact` | 3 | 2 | 0 | One line. |"
+def test_solvers_page_is_checked_but_for_what_is_measured():
+    """Another measured number is no reason to complain; another order, summary or solver is."""
+    page = solvers_table.PAGE.read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| `heun()` | 2 | 2.0 |"))
+    same = lambda changed: solvers_table.declared(page.replace(line, changed)) == solvers_table.declared(page)
+    assert same(line.replace("| 2.0 |", "| 1.9 |"))
+    assert not same(line.replace("| 2 |", "| 3 |", 1))
+    assert not same(line.replace("Heun", "Haun")) and not same("")
+
+
+def test_papers_of_a_docstring():
+    text = "Text. Fast\n Models: a Title, arXiv:2101.00001, equation 3.  Others, arXiv:2202.00002."
+    expected = "[Fast Models: a Title](https://arxiv.org/abs/2101.00001)<br>[Others](https://arxiv.org/abs/2202.00002)"
+    assert solvers_table.papers(text) == expected
 
 
 @pytest.mark.slow

@@ -265,6 +265,19 @@ def test_plain_functions_and_captured_tracers():
     slope = jax.grad(run)(0.3)
     np.testing.assert_allclose(slope, (run(0.31) - run(0.29)) / 0.02, rtol=1e-2)
 
+    held = {}
+
+    def denoise(x, level):
+        return held["scale"] * x
+
+    def again(scale):  # the same function object, over another tracer every time
+        held["scale"] = scale
+        return sample(KEY, denoise, solvers.ddim(), GRID, x=jnp.ones(2) * scale / scale).x.sum()
+
+    first = jax.jit(again)(0.2)
+    np.testing.assert_allclose(jax.jit(lambda scale: again(2 * scale))(0.1), first, rtol=1e-6)
+    assert abs(float(jax.jit(lambda scale: again(scale + 0.1))(0.3) - first)) > 1e-3
+
 
 def test_gradient_in_the_times(x64):
     """Learned grids: the derivative in every time equals central differences."""

@@ -1,7 +1,7 @@
-"""Write docs/api.md, every public name with its summary, and docs/solvers.md, what solvers declare.
+"""Write docs/api.md: every public name with its summary.
 
-A name is public when its folder's `__init__.py` has it; a solver's factory is called with its
-defaults. So nothing here, and no list elsewhere, changes when a method is added.
+A name is public when its folder's `__init__.py` has it, so nothing here, and no list elsewhere,
+changes when a method is added.
 """
 
 import importlib
@@ -11,8 +11,6 @@ import sys
 from types import ModuleType
 
 from tools.pages import ROOT, run, table
-
-DECLARED = ("order", "calls", "draws")
 
 
 def public(module: ModuleType) -> dict[str, object]:
@@ -47,24 +45,7 @@ def render_api(package: str = "diffjax") -> str:
     return text
 
 
-def render_solvers(package: str = "diffjax.solvers") -> str:
-    """Return the text of docs/solvers.md."""
-    rows = []
-    for name, factory in public(importlib.import_module(package)).items():
-        if inspect.isfunction(factory):
-            solver = factory()
-            declared = [str(getattr(solver, field)) for field in DECLARED]
-            rows.append([f"`{name}`", *declared, summary(factory)])
-    header = ["Solver", "Order", "Calls", "Draws", "What it is"]
-    return (
-        "# Solvers\n\nMade by `make docs` from what each solver declares with its default arguments: its order,\n"
-        "denoiser calls and noise draws per step (no draws: deterministic).\n\n"
-    ) + table(header, rows)
-
-
 PAGES = {ROOT / "docs" / "api.md": render_api}
-if (ROOT / "diffjax" / "solvers").is_dir():
-    PAGES[ROOT / "docs" / "solvers.md"] = render_solvers
 
 if __name__ == "__main__":
     sys.exit(run(PAGES))

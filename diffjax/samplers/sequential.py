@@ -31,6 +31,7 @@ from diffjax.levels import (
 )
 from diffjax.modifiers.gaps import renoised
 from diffjax.samplers.progress import tick
+from diffjax.solvers.learned_variance import with_variance
 
 SAVES = ("states", "x0")
 # Up to this many entries a sample all noise is drawn in one operation before the loop: the same numbers, fewer kernels.
@@ -171,6 +172,14 @@ class Counter:
             x0, self.memory = self.denoise.apply(x, level, self.memory)
         else:
             x0 = self.denoise(x, level)
+        return self._counted(x, x0, level)
+
+    def with_variance(self, x: Tree, level: Level) -> tuple[Tree, Tree]:
+        """The clean estimate and the predicted variance of the reverse step, in one call."""
+        x0, share = with_variance(self.denoise)(x, level)
+        return self._counted(x, x0, level), share
+
+    def _counted(self, x: Tree, x0: Tree, level: Level) -> Tree:
         expected, found = (jax.tree.map(jnp.shape, tree) for tree in (x, x0))
         if expected != found:
             raise ValueError(f"denoise returned shape {found} for a state of shape {expected}; they must be equal.")

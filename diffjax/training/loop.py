@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from diffjax.training import checkpoint
 from diffjax.training.step import Metrics, TrainState

@@ -1,0 +1,99 @@
+"""The experiments run as a user runs them, in small; what they measure is measured elsewhere."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffjax
+from diffjax import data, training
+from diffjax.solvers import ddim
+from experiments import __main__ as listing
+from experiments import _solvers, digits, mixture
+
+TINY = [
+    *("--batch", "16", "--channels", "8", "--save-every", "2", "--samples", "16", "--sampling-steps", "3"),
+    *("--classifier-steps", "3", "--solvers", "ddim", "--nfe", "2", "4"),
+]
+
+
+@pytest.mark.slow
+def test_digits_trains_resumes_and_writes_its_results(tmp_path):
+    folder, images = tmp_path / "run", data.load("digits", "train")
+    options = digits.Options(steps=2, batch=16, channels=(8,), out=folder)
+    digits.train(options, images)  # a run that was stopped
+    with pytest.raises(SystemExit, match="--resume"):
+        digits.main([*TINY, "--steps", "4", "--out", str(folder)])
+    digits.main([*TINY, "--steps", "4", "--out", str(folder), "--resume"])
+    assert training.checkpoint.steps(folder)[-1] == 4
+    stored = json.loads((folder / "metrics.json").read_text())
+    for name, column in stored["metrics"].items():
+        assert len(column) == 7
+        assert np.all(np.isfinite(list(column.values()))), name
+    assert stored["solvers"]["ddim"]["nfe"] == [2, 4]
+    for picture in ("samples", "denoising", "solvers"):
+        assert (folder / f"{picture}.png").stat().st_size > 5000
+    model = digits.load(folder)
+    assert np.all(np.isfinite(digits.generate(model, ddim(), 2, np.array([1, 2]), jax.random.key(0)).x))
+
+
+def test_sets_that_match_have_the_labels_and_are_disjoint():
+    labels = np.arange(100) % 10
+    real = digits.Labelled(np.arange(100.0)[:, None], labels)
+    wanted = np.array([3, 0, 3, 7])
+    sets = digits.matching(real, wanted)
+    assert len(sets) == 5  # ten threes, two at a time
+    assert all(np.array_equal(each.labels, wanted) for each in sets)
+    assert len(np.unique([each.images for each in sets])) == 20
+
+
+def test_mixture_finds_the_order_of_the_solvers(tmp_path):
+    names = ["ddim", "dpmpp", "ancestral"]
+    small = ["--trajectories", "16", "--samples", "200", "--nfe", "16", "32", "64", "--out", str(tmp_path)]
+    mixture.main([*small, "--solvers", *names])
+    header, *rows = [line.split(",") for line in (tmp_path / "mixture.csv").read_text().splitlines()]
+    assert header[-1] == "NFE 64" and [row[0] for row in rows] == names[:2] + names[2:]
+    errors = {row[0]: np.array(row[5:], float) for row in rows}
+    assert 1.3 < errors["ddim"][1] / errors["ddim"][2] < 3
+    assert 3 < errors["dpmpp"][1] / errors["dpmpp"][2] < 6
+    assert (tmp_path / "mixture.png").stat().st_size > 5000
+
+
+def test_padded_plans_change_nothing(x64):
+    process, denoise, key = diffjax.processes.flow(), mixture.data(), jax.random.key(0)
+    for name in ("dpmpp", "heun", "ancestral"):
+        solver = getattr(diffjax.solvers, name)()
+        grid = diffjax.grids.uniform(process, 5)
+        plain, padded = (
+            diffjax.sample(key, denoise, each, grid, shape=(2,), dtype=float)
+            for each in (solver, _solvers.padded(solver, 9))
+        )
+        np.testing.assert_allclose(padded.x, plain.x, rtol=1e-12)
+    with pytest.raises(ValueError, match="rows must be at least"):
+        _solvers.padded(solver, 3).plan(grid)
+
+
+def test_the_exact_flow_is_that_of_a_gaussian(x64):
+    process = diffjax.processes.flow()
+    grid = diffjax.grids.uniform(process, 4)
+    denoise = diffjax.oracles.mixture([1.0], [[1.0, -2.0]], [[[0.3, 0.1], [0.1, 0.2]]])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2)))
+    root = np.linalg.cholesky(np.array([[0.3, 0.1], [0.1, 0.2]]))
+    values, vectors = np.linalg.eigh(root @ root.T)
+    expected = np.array([1.0, -2.0]) + x @ (vectors * np.sqrt(values) @ vectors.T)
+    np.testing.assert_allclose(mixture.exact_flow(denoise, process, grid, x), expected, atol=1e-9)
+
+
+def test_every_experiment_is_listed_with_its_run_time(capsys):
+    listing.main()
+    found = {entry.name: entry for entry in listing.entries()}
+    assert {"digits", "mixture"} <= set(found)
+    assert all(entry.summary.endswith(".") and entry.run_time[0].isdigit() for entry in found.values())
+    assert "python -m experiments.digits" in capsys.readouterr().out
+
+
+def test_unknown_solvers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not public"):
+        mixture.main(["--solvers", "nonsense", "--out", str(tmp_path)])

@@ -1,0 +1,183 @@
+"""Every metric against a closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+from diffjax import metrics
+
+GENERATOR = np.random.default_rng(0)
+
+
+def covariance(size, rank=None):
+    root = GENERATOR.normal(size=(size, size if rank is None else rank))
+    return root @ root.T
+
+
+def with_moments(count, mean, cov):
+    """Samples whose empirical mean and covariance are exactly the given ones."""
+    z = GENERATOR.normal(size=(count, len(mean)))
+    z = z - z.mean(0)
+    z = z @ np.linalg.inv(np.linalg.cholesky(np.cov(z, rowvar=False))).T
+    return mean + z @ np.linalg.cholesky(cov).T
+
+
+def test_frechet_distance_of_two_gaussians():
+    size = 5
+    means, covs = GENERATOR.normal(size=(2, size)), [covariance(size) for _ in range(2)]
+    root = scipy.linalg.sqrtm(covs[0] @ covs[1]).real
+    expected = np.sum((means[0] - means[1]) ** 2) + np.trace(covs[0] + covs[1] - 2 * root)
+    assert metrics.gaussian_frechet_distance(means[0], covs[0], means[1], covs[1]) == pytest.approx(expected, rel=1e-10)
+    samples, reference = (with_moments(50, m, c) for m, c in zip(means, covs, strict=True))
+    assert metrics.frechet_distance(samples, reference) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_of_commuting_covariances():
+    a, b = np.array([1.0, 4.0, 0.0]), np.array([9.0, 1.0, 2.0])
+    basis = np.linalg.qr(GENERATOR.normal(size=(3, 3)))[0]
+    found = metrics.gaussian_frechet_distance(np.zeros(3), basis * a @ basis.T, np.ones(3), basis * b @ basis.T)
+    assert found == pytest.approx(3 + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2), rel=1e-10)
+
+
+def test_frechet_distance_keeps_its_accuracy_for_singular_covariances():
+    cov = covariance(64, rank=3)
+    found = metrics.gaussian_frechet_distance(np.zeros(64), cov, np.zeros(64), 4 * cov)
+    assert found == pytest.approx(np.trace(cov), rel=1e-10)
+    points = GENERATOR.normal(size=(20, 64))  # fewer samples than features
+    assert metrics.frechet_distance(points, points) < 1e-12
+    assert metrics.frechet_distance(points, points + 1) == pytest.approx(64, rel=1e-10)
+
+
+def gaussian_mmd(mean, variance, other_mean, other_variance, bandwidth):
+    """MMD^2 of two isotropic Gaussians: E k of the difference, which is Gaussian too."""
+
+    def expectation(m, v):
+        scale = bandwidth**2 / (bandwidth**2 + v)
+        return scale ** (len(m) / 2) * np.exp(-0.5 * np.sum(m**2) / (bandwidth**2 + v))
+
+    zero = np.zeros_like(mean)
+    cross = expectation(mean - other_mean, variance + other_variance)
+    return expectation(zero, 2 * variance) + expectation(zero, 2 * other_variance) - 2 * cross
+
+
+def test_mmd_is_unbiased_at_its_closed_form():
+    mean, other = np.array([0.0, 0.0]), np.array([0.5, -0.25])
+    expected = gaussian_mmd(mean, 1.0, other, 0.5, bandwidth=1.3)
+    draws = []
+    for _ in range(400):  # small sets: the bias of the other estimator, 2/20, would be seen at once
+        a, b = GENERATOR.normal(size=(20, 2)), other + np.sqrt(0.5) * GENERATOR.normal(size=(30, 2))
+        draws.append(metrics.mmd(a, b, bandwidth=1.3))
+    error = np.std(draws) / np.sqrt(len(draws))
+    assert error < 0.01
+    assert abs(np.mean(draws) - expected) < 4 * error
+
+
+def test_mmd_and_kid_of_one_law_are_around_zero():
+    pairs = GENERATOR.normal(size=(300, 2, 25, 4))
+    for metric in (metrics.mmd, metrics.kid):
+        draws = [metric(a, b) for a, b in pairs]
+        assert abs(np.mean(draws)) < 4 * np.std(draws) / np.sqrt(len(draws))
+        assert np.min(draws) < 0
+
+
+def test_kid_by_hand():
+    a, b = GENERATOR.normal(size=(6, 3)), GENERATOR.normal(size=(5, 3))
+
+    def mean(x, y):
+        pairs = [(i, j) for i in range(len(x)) for j in range(len(y)) if x is not y or i != j]
+        return np.mean([(x[i] @ y[j] / 3 + 1) ** 3 for i, j in pairs])
+
+    assert metrics.kid(a, b) == pytest.approx(mean(a, a) + mean(b, b) - 2 * mean(a, b), rel=1e-12)
+
+
+def test_bandwidth_is_the_median_distance_of_the_reference_alone():
+    reference = np.array([[0.0], [1.0], [10.0]])  # distances 1, 9, 10
+    assert metrics.median_bandwidth(reference) == pytest.approx(9.0)
+    samples = GENERATOR.normal(size=(7, 1))
+    assert metrics.mmd(samples, reference) == metrics.mmd(samples, reference, bandwidth=9.0)
+
+
+def test_sliced_wasserstein_of_a_shift():
+    points, shift = GENERATOR.normal(size=(300, 8)), GENERATOR.normal(size=8)
+    key = jax.random.key(0)
+    # along every line the plan is the shift, so that one pair of points with the same lines gives the same number
+    for order in (1.0, 2.0):
+        one = metrics.sliced_wasserstein(key, np.zeros((1, 8)), shift[None], 64, order)
+        assert metrics.sliced_wasserstein(key, points, points + shift, 64, order) == pytest.approx(one, rel=1e-10)
+    many = metrics.sliced_wasserstein(key, points, points + shift, 20000)
+    assert many == pytest.approx(np.linalg.norm(shift) / np.sqrt(8), rel=0.02)
+
+
+def test_sliced_wasserstein_of_unequal_numbers_is_exact():
+    a, b = GENERATOR.normal(size=(6, 1)), GENERATOR.normal(size=(4, 1))
+    # the same laws with 12 equally likely points each
+    expected = np.mean(np.abs(np.sort(np.repeat(a, 2)) - np.sort(np.repeat(b, 3))) ** 2) ** 0.5
+    assert metrics.sliced_wasserstein(jax.random.key(1), a, b) == pytest.approx(expected, rel=1e-10)
+
+
+def test_precision_and_recall_of_identical_disjoint_and_half_covered_sets():
+    points = GENERATOR.normal(size=(60, 3))
+    assert metrics.precision_recall(points, points) == (1.0, 1.0)
+    assert metrics.precision_recall(points, points + 100) == (0.0, 0.0)
+    both = np.concatenate([points, points + 100])
+    assert metrics.precision_recall(points, both) == (1.0, 0.5)  # one of two modes: good but not diverse
+    assert metrics.precision_recall(both, points) == (0.5, 1.0)
+
+
+def test_precision_and_recall_radius_is_the_kth_neighbour():
+    reference = np.array([[0.0], [1.0], [3.0], [7.0]])  # k = 1: radii 1, 1, 2, 4
+    sample = lambda x: np.array([[x], [x + 1e3]])
+    for x, inside in ((-0.9, True), (-1.1, False), (10.9, True), (11.1, False)):
+        assert metrics.precision_recall(sample(x), reference, k=1).precision == (0.5 if inside else 0.0)
+    assert metrics.precision_recall(np.array([[-2.9], [1e3], [1e4]]), reference, k=2).precision == pytest.approx(1 / 3)
+
+
+def test_nearest_distance_in_blocks():
+    training = GENERATOR.normal(size=(40, 2, 3))
+    samples = GENERATOR.normal(size=(5000, 2, 3))
+    expected = np.sqrt(((samples[:, None] - training) ** 2).sum((2, 3))).min(1)
+    np.testing.assert_allclose(metrics.nearest_distance(samples, training), expected, rtol=1e-6)
+    assert np.all(metrics.nearest_distance(training, training) < 1e-6)
+
+
+def test_accuracy():
+    logits = np.eye(4)[[0, 1, 2, 2]]
+    assert metrics.accuracy(logits, [0, 1, 2, 3]) == 0.75
+
+
+@pytest.mark.parametrize("metric", ["mmd", "kid", "sliced"])
+def test_traced_metrics_agree_and_have_gradients(metric):
+    functions = {
+        "mmd": metrics.mmd,
+        "kid": metrics.kid,
+        "sliced": lambda a, b: metrics.sliced_wasserstein(jax.random.key(0), a, b, 32),
+    }
+    a, b = GENERATOR.normal(size=(2, 10, 3)).astype(np.float32)
+    function = functions[metric]
+    assert float(jax.jit(function)(a, b)) == pytest.approx(function(a, b), rel=1e-3, abs=1e-5)
+    gradient = jax.grad(lambda shift: function(jnp.asarray(a) + shift, b))(jnp.ones(3))
+    step = 1e-4
+    for i in range(3):
+        move = np.ones(3) + step * np.eye(3)[i], np.ones(3) - step * np.eye(3)[i]
+        slope = (function(a + move[0], b) - function(a + move[1], b)) / (2 * step)
+        assert gradient[i] == pytest.approx(slope, rel=2e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.mmd(np.ones((1, 2)), np.ones((3, 2))), "samples must be at least 2"),
+        (lambda: metrics.kid(np.ones((3, 2)), np.ones((3, 4))), "same size"),
+        (lambda: metrics.mmd(np.ones((3, 2)), np.ones((3, 2))), "bandwidth must be above 0"),
+        (lambda: metrics.frechet_distance(np.ones(3), np.ones((3, 2))), "same size"),
+        (lambda: metrics.gaussian_frechet_distance([0.0], [[1.0]], [0.0, 1.0], [[1.0]]), "shapes"),
+        (lambda: metrics.precision_recall(np.ones((3, 1)), np.ones((3, 1)), k=3), "at least 4"),
+        (lambda: metrics.sliced_wasserstein(jax.random.key(0), [[0.0]], [[0.0]], order=0.5), "order"),
+        (lambda: metrics.accuracy(np.ones((3, 2)), np.ones(2)), "logits"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
