@@ -33,6 +33,8 @@ def test_measured_order(case):
     On the mixture, where nothing cancels, a deterministic method is also not half an order better than it says.
     """
     solver = case.build()
+    if solver.order == 0:  # it says that it converges to no flow: it has a test of its own
+        return
     for problem, found in contract.measured_orders(solver).items():
         assert found.order >= contract.declared_order(solver) - 0.2, (problem, found, found.slopes)
         assert found.settled or found.exact, (problem, found, found.slopes)
@@ -202,7 +204,8 @@ def test_plan_traced(case, x64):
     for a, da, x, y, z in zip(*map(jax.tree.leaves, (primal, tangent, low, here, high)), strict=True):
         np.testing.assert_allclose(a, y, rtol=1e-9, atol=1e-11)
         if jnp.issubdtype(a.dtype, jnp.floating):
-            difference = np.where(np.isfinite(y), (np.float64(z) - np.float64(x)) / (2 * step), 0.0)
+            ends = (np.where(np.isfinite(y), np.float64(end), 0.0) for end in (z, x))
+            difference = np.subtract(*ends) / (2 * step)
             np.testing.assert_allclose(np.where(np.isfinite(y), da, 0.0), difference, rtol=1e-5, atol=1e-6)
 
 

@@ -134,7 +134,7 @@ def test_custom_noise():
     same = sample(KEY, ORACLE, solver, GRID, x=x, noise=zero).x
     np.testing.assert_array_equal(same, sample(jax.random.key(5), ORACLE, solver, GRID, x=x, noise=zero).x)
     early = sample(KEY, ORACLE, solver, GRID, x=x)
-    late = sample(KEY, ORACLE, solver, GRID, x=x, noise=lambda *arguments: sequential.normal_noise(*arguments))
+    late = sample(KEY, ORACLE, solver, GRID, x=x, noise=lambda k, i, row, *rest: sequential.normal_noise(k, i, *rest))
     np.testing.assert_allclose(early.x, late.x, rtol=1e-6)
     assert np.max(np.abs(early.x - same)) > 1e-3
 

@@ -188,15 +188,21 @@ class Counter:
         return x0
 
 
-def normal_noise(key: Array, index: Array, row: Row | None, x: Tree, draws: int) -> tuple[Tree, ...]:
+def normal_noise(key: Array, index: Array, x: Tree, draws: int) -> tuple[Tree, ...]:
     """Standard normal trees shaped like ``x`` that depend on the key and the row's index alone."""
-    del row
     key = jax.random.fold_in(key, index)
     leaves, structure = jax.tree.flatten(x)
     count = draws * len(leaves)
     keys = [key] if count == 1 else [jax.random.fold_in(key, i) for i in range(count)]
     normals = [jax.random.normal(k, jnp.shape(leaf), leaf.dtype) for k, leaf in zip(keys, leaves * draws, strict=True)]
     return tuple(structure.unflatten(normals[i : i + len(leaves)]) for i in range(0, count, len(leaves)))
+
+
+def drawn_noise(noise: Any, key: Array, index: Array, row: Row, x: Tree, draws: int) -> tuple[Tree, ...]:
+    """The noise of a row from the source ``noise``, or `normal_noise` where that is None."""
+    if not draws:
+        return ()
+    return normal_noise(key, index, x, draws) if noise is None else noise(key, index, row, x, draws)
 
 
 def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, noise: Any, options: Options) -> Sample:
@@ -215,14 +221,13 @@ def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, noise: An
 
     indices = jnp.arange(count, dtype=jnp.int32)
     early = solver.draws and noise is None and count * solver.draws * _size(x) <= _EARLY
-    drawn = jax.vmap(lambda index: normal_noise(key, index, None, x, solver.draws))(indices) if early else None
+    drawn = jax.vmap(lambda index: normal_noise(key, index, x, solver.draws))(indices) if early else None
 
     def body(carry: Carry, indexed: tuple[Array, Row, Tree]) -> tuple[Carry, None]:
         index, row, draws = indexed
         counter = Counter(denoise, carry.denoiser, carry.nfe)
         if draws is None:
-            draw = normal_noise if noise is None else noise
-            draws = draw(key, index, row, carry.x, solver.draws) if solver.draws else ()
+            draws = drawn_noise(noise, key, index, row, carry.x, solver.draws)
         x, memory, info = solver.step(draws, counter, carry.x, carry.solver, row)
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x)]).all()
         failed_at = jnp.where((carry.failed_at < 0) & ~finite, index, carry.failed_at)
@@ -285,7 +290,7 @@ def _write(buffer: Tree | None, x: Tree, slot: Array) -> Tree | None:
 def _noised(key: Array, x: Tree, keep: Array, std: Array) -> Tree:
     if not is_traced(keep, std) and np.all(keep == 1) and np.all(std == 0):
         return x
-    (noise,) = normal_noise(key, 0, None, x, 1)
+    (noise,) = normal_noise(key, 0, x, 1)
     return jax.tree.map(lambda leaf, z: (keep * leaf + std * z).astype(leaf.dtype), x, noise)
 
 
