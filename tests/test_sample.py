@@ -156,8 +156,6 @@ def test_noise_is_standard_and_independent():
     for k in range(4):
         alone = sequential.normal_noise(keys[k], jnp.int32(3), None, jnp.zeros(5), 1)[0]
         np.testing.assert_array_equal(batched[k], alone)
-            batched[k], sequential.normal_noise(keys[k], jnp.int32(3), None, jnp.zeros(5), 1)[0]
-        )
 
 
 def test_final_state_has_the_law_of_the_data():
