@@ -149,6 +149,15 @@ def test_only_the_newest_are_kept_and_rests_are_swept(tmp_path):
         assert sorted(names) == [f"{number:08d}" for number in left]
 
 
+def test_what_others_put_beside_the_checkpoints_stays(tmp_path):
+    saved = checkpoint.save(tmp_path, small(step=1))
+    for name in ("best", "00000001 before the change"):
+        shutil.copytree(saved, saved.with_name(name))
+    (saved.parent / "writing-00000002").mkdir()
+    checkpoint.save(tmp_path, small(step=3), keep=1)
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["00000001 before the change", "00000003", "best"]
+
+
 # --- damage -----------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from diffjax.training.step import TrainState
 
 PARTS = ("params", "ema", "optimiser")
 RECORD = "record.json"
+REST = re.compile(r"(writing|removed)-\d{8,}|\d{8,}\.orbax-checkpoint-tmp")
 Folder = str | os.PathLike
 
 
@@ -98,7 +99,7 @@ def save(
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         for rest in path.parent.iterdir():  # what a killed run was writing or removing
-            if not re.fullmatch(r"\d{8,}", rest.name):
+            if REST.match(rest.name):  # and nothing else that was put there: a copy called "best", say
                 shutil.rmtree(rest, ignore_errors=True)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         # Plain gradient descent, for one, has no state to save.
