@@ -147,6 +147,14 @@ def test_accuracy():
     assert metrics.accuracy(logits, [0, 1, 2, 3]) == 0.75
 
 
+def test_a_traced_bandwidth_or_key_with_concrete_sets():
+    a, b = np.random.default_rng(0).normal(size=(2, 30, 3))
+    assert float(jax.jit(lambda h: metrics.mmd(a, b, h))(0.7)) == pytest.approx(metrics.mmd(a, b, 0.7), abs=1e-5)
+    keys = jax.random.split(jax.random.key(0), 3)
+    found = jax.vmap(lambda key: metrics.sliced_wasserstein(key, a, b))(keys)
+    np.testing.assert_allclose(found, [metrics.sliced_wasserstein(key, a, b) for key in keys], rtol=1e-5)
+
+
 @pytest.mark.parametrize("metric", ["mmd", "kid", "sliced"])
 def test_traced_metrics_agree_and_have_gradients(metric):
     functions = {

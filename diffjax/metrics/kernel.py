@@ -35,7 +35,7 @@ def mmd(samples: Array, reference: Array, bandwidth: Array | None = None) -> Arr
         raise ValueError(f"bandwidth must be above 0 (are all reference samples equal?), got {scale!r}.")
 
     def kernel(x: Array, y: Array) -> Array:
-        return namespace(x, y).exp(-0.5 * squared_distances(x, y) / scale**2)
+        return namespace(x, y, scale).exp(-0.5 * squared_distances(x, y) / scale**2)
 
     return _unbiased(kernel, a, b)
 
@@ -69,9 +69,8 @@ def _unbiased(kernel: Callable[[Array, Array], Array], a: Array, b: Array) -> Ar
 
 
 def _total(kernel: Callable[[Array, Array], Array], a: Array, b: Array) -> Array:
-    return sum(namespace(a, b).sum(kernel(a[rows], b)) for rows in blocks(len(a)))
+    return sum(kernel(a[rows], b).sum() for rows in blocks(len(a)))
 
 
 def _diagonal(kernel: Callable[[Array, Array], Array], a: Array) -> Array:
-    xp = namespace(a)
-    return sum(xp.trace(kernel(a[rows], a[rows])) for rows in blocks(len(a)))
+    return sum(kernel(a[rows], a[rows]).trace() for rows in blocks(len(a)))

@@ -33,9 +33,9 @@ def sliced_wasserstein(
     if projections < 1 or not order >= 1:
         raise ValueError(f"need projections >= 1 and order >= 1, got {projections!r} and {order!r}.")
     a, b = vectors(samples=samples, reference=reference)
-    xp = namespace(a, b)
     directions = jax.random.normal(key, (a.shape[1], projections))
     directions = directions if is_traced(directions, a, b) else np.asarray(directions, np.float64)
+    xp = namespace(directions, a, b)
     directions = directions / xp.linalg.norm(directions, axis=0)
     a, b = xp.sort(a @ directions, axis=0), xp.sort(b @ directions, axis=0)
     first, second, widths = _quantiles(len(a), len(b))
