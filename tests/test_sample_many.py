@@ -151,6 +151,39 @@ def test_a_folder_of_other_samples_is_refused(tmp_path, other, named):
         sample_many(**{**call, "condition": condition, **other}, path=tmp_path)
 
 
+def test_a_folder_of_other_parameters_is_refused(tmp_path):
+    drawn = lambda scale: jax.tree_util.Partial(lambda scale, key: scale * jax.random.normal(key, (3,)), scale)
+    first = sample_many(KEY, drawn(np.float32(1.0)), 4, path=tmp_path)
+    np.testing.assert_array_equal(sample_many(KEY, drawn(np.float32(1.0)), 4, path=tmp_path).x, first.x)
+    with pytest.raises(ValueError, match="draw"):
+        sample_many(KEY, drawn(np.float32(2.0)), 4, path=tmp_path)
+
+
+def test_returned_samples_are_not_the_files(tmp_path):
+    """Changing them in place changes nothing on disk, whether they were just drawn or read."""
+    first = sample_many(KEY, draw, 4, path=tmp_path).x
+    before = np.array(first)
+    first += 1
+    again = sample_many(KEY, draw, 4, path=tmp_path).x
+    np.testing.assert_array_equal(again, before)
+    again *= 2
+    np.testing.assert_array_equal(np.load(tmp_path / "samples.npy"), before)
+
+
+def test_a_dtype_that_the_file_format_does_not_know(tmp_path):
+    half = lambda key: jax.random.normal(key, (3,)).astype(jnp.bfloat16)
+    first, again = (sample_many(KEY, half, 4, path=tmp_path).x for _ in range(2))
+    assert first.dtype == again.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(first, again)
+
+
+def test_files_of_another_origin_are_not_overwritten(tmp_path):
+    np.save(tmp_path / "samples.npy", np.arange(3))
+    with pytest.raises(ValueError, match="without a journal"):
+        sample_many(KEY, draw, 4, path=tmp_path)
+    np.testing.assert_array_equal(np.load(tmp_path / "samples.npy"), np.arange(3))
+
+
 def test_refused():
     for bad, named in (({"count": 0}, "count"), ({"chunk": 0}, "chunk"), ({"condition": np.zeros(4)}, "condition")):
         with pytest.raises(ValueError, match=named):

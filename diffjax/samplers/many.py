@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +43,13 @@ def sample_many(
     parameters out of the compiled code.
 
     With ``path``, a folder, samples go to ``samples.npy`` (one file per leaf) and ``journal.json`` says which chunks
-    are complete: the same call, after an interruption, goes on with the missing ones.
+    are complete: the same call, after an interruption, goes on with the missing ones.  Changing the arrays that are
+    returned does not change the files.  A call counts as the same if key, count, conditions, shapes and dtypes are, and
+    the arrays and numbers in ``draw`` where that is a `jax.tree_util.Partial` or another pytree; what a plain function
+    has closed over cannot be compared, so another model or solver needs another folder.
 
     Raises ValueError if count or chunk is below 1, conditions do not have ``count`` entries, or the folder holds
-    samples of another call.
+    samples of another call, or files of those names without a journal.
     """
     if count < 1 or chunk < 1:
         raise ValueError(f"count and chunk must be at least 1, got count={count!r}, chunk={chunk!r}.")
@@ -63,7 +66,7 @@ def sample_many(
         return keys, jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[index], condition), sharding)
 
     shapes = jax.eval_shape(_draw_chunk, draw, *part(0))[0]
-    store = _Store(path, _signature(key, count, shapes, condition), shapes, count)
+    store = _Store(path, {} if path is None else _signature(key, draw, count, shapes, condition), shapes, count)
     starts = [start for start in range(0, count, chunk) if not store.complete(start, min(start + chunk, count))]
     for start in _shown(starts, chunk, count, progress):
         x, nfe, failed_at = jax.device_get(_draw_chunk(draw, *part(start)))
@@ -83,13 +86,29 @@ def _draw_chunk(draw: Callable[..., Any], keys: Array, condition: Tree) -> tuple
     return jax.vmap(one)(keys, condition)
 
 
-def _signature(key: Array, count: int, shapes: Tree, condition: Tree) -> dict:
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+def _signature(key: Array, draw: Callable[..., Any], count: int, shapes: Tree, condition: Tree) -> dict:
     leaves = [[list(leaf.shape[1:]), str(leaf.dtype)] for leaf in jax.tree.leaves(shapes)]
+    return {
+        "key": _plain(key).tolist(),
+        "count": count,
+        "leaves": leaves,
+        "condition": _digest(condition),
+        "draw": _digest(draw),
+    }
+
+
+def _plain(leaf: Array) -> np.ndarray:
+    """A leaf as a NumPy array; of a typed key its data."""
+    typed = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if typed else leaf)
+
+
+def _digest(tree: Tree) -> str:
+    """A checksum of all leaves."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(condition):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return {"key": np.asarray(data).tolist(), "count": count, "leaves": leaves, "condition": digest.hexdigest()}
+    for leaf in map(_plain, jax.tree.leaves(tree)):
+        digest.update(f"{leaf.dtype}{leaf.shape}".encode() + np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _shown(starts: list[int], chunk: int, count: int, progress: bool):
@@ -107,12 +126,12 @@ class _Store:
         leaves, self.structure = jax.tree.flatten(shapes)
         self.journal = {**signature, "done": [], "nfe": 0, "failed": []}
         self.path = None if path is None else Path(path)
-        full = [((count, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+        self.full = full = [((count, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
         if self.path is None:
             self.leaves = [np.empty(*spec) for spec in full]
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        names = ["samples.npy"] if len(full) == 1 else [f"samples_{i}.npy" for i in range(len(full))]
+        self.names = names = ["samples.npy"] if len(full) == 1 else [f"samples_{i}.npy" for i in range(len(full))]
         known = self.path / "journal.json"
         if known.exists():
             found = json.loads(known.read_text())
@@ -121,13 +140,21 @@ class _Store:
                 there, expected = ({name: source.get(name) for name in wrong} for source in (found, signature))
                 raise ValueError(f"path={str(self.path)!r} holds other samples: {there}, expected {expected}.")
             self.journal = found
-            self.leaves = [np.lib.format.open_memmap(self.path / name, mode="r+") for name in names]
+            self.leaves = self._open(names, full, "r+")
             return
-        self.leaves = [
+        taken = [name for name in names if (self.path / name).exists()]
+        if taken:
+            raise ValueError(f"path={str(self.path)!r} holds {taken} without a journal: nothing is written over them.")
+        for name, (shape, dtype) in zip(names, full, strict=True):
             np.lib.format.open_memmap(self.path / name, mode="w+", shape=shape, dtype=dtype)
-            for name, (shape, dtype) in zip(names, full, strict=True)
-        ]
+        self.leaves = self._open(names, full, "r+")
         self._save_journal(self.path)
+
+    def _open(self, names: list[str], full: list, mode: Literal["r+", "c"]) -> list[np.ndarray]:
+        """The files as arrays of their dtypes, of which the format does not know all (bfloat16)."""
+        assert self.path is not None
+        opened = [np.lib.format.open_memmap(self.path / name, mode=mode) for name in names]
+        return [leaf.view(dtype) for leaf, (_, dtype) in zip(opened, full, strict=True)]
 
     def complete(self, start: int, stop: int) -> bool:
         """Whether samples start .. stop are all there, whatever the chunks they came in."""
@@ -161,4 +188,6 @@ class _Store:
 
     def result(self) -> Many:
         failed = np.unique(np.asarray(self.journal["failed"], np.int64))
-        return Many(self.structure.unflatten(self.leaves), self.journal["nfe"], failed)
+        # copy on write: what a caller does to the samples does not reach the files
+        leaves = self.leaves if self.path is None else self._open(self.names, self.full, "c")
+        return Many(self.structure.unflatten(leaves), self.journal["nfe"], failed)
