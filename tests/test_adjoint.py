@@ -63,8 +63,7 @@ def test_a_step_is_the_papers(x64):
     h = t.half_log_snr - s.half_log_snr
     a = jnp.asarray(WEIGHTS)
     for rate, solver in ((1.0, solvers.ddim()), (2.0, solvers.ddim(eta=1.0))):
-        key = jax.random.split(KEY)[1]  # of the run inside
-        out = diffjax.sample(key, MIXTURE, solver, grid, x=jnp.asarray(START)).x
+        out = diffjax.sample(KEY, MIXTURE, solver, grid, x=jnp.asarray(START)).x
         jacobian = jax.jacobian(eps)(out)
         expected = s.alpha / t.alpha * a + rate * t.sigma * (s.alpha / t.alpha) ** 2 * jnp.expm1(h) * (jacobian.T @ a)
         found = _gradients(
@@ -99,9 +98,9 @@ def test_the_noise_of_the_forward_pass_is_drawn_again(x64):
     grid = grids.times(processes.cosine(), np.linspace(0.9, 0.2, 401))
     key = jax.random.key(3)
     plain = lambda f, k: _gradients(lambda d, x: f(k, d, solvers.ddim(1.0), grid, x=x).x)
-    true = plain(diffjax.sample, jax.random.split(key)[1])  # the key of the run inside
+    true = plain(diffjax.sample, key)
     close, wrong = (_error(plain(diffjax.adjoint, k), true) for k in (key, KEY))
-    assert np.all(close < 0.2 * wrong), (close, wrong)
+    assert close.max() < 0.1 * wrong.max(), (close, wrong)
 
 
 @pytest.mark.paper("AdjointDEIS: Efficient Gradients for Diffusion Models")
@@ -160,6 +159,15 @@ def test_it_is_sample_forward_and_under_transformations():
         np.testing.assert_allclose(a, b, rtol=0.02)
 
 
+@pytest.mark.parametrize("solver", [solvers.ddim(1.0), solvers.sde_dpmpp(2), solvers.euler_maruyama()], ids=repr)
+@pytest.mark.parametrize("process", [processes.vp(), processes.ddpm(), processes.edm()], ids=["vp", "ddpm", "edm"])
+def test_a_key_is_the_same_stochastic_sample(solver, process):
+    grid = grids.log_snr(process, 6)
+    for start in (dict(shape=(2,)), dict(x=jnp.asarray(START))):
+        plain, found = (run(KEY, MIXTURE, solver, grid, **start).x for run in (diffjax.sample, diffjax.adjoint))
+        np.testing.assert_allclose(found, plain, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -167,6 +175,11 @@ def test_it_is_sample_forward_and_under_transformations():
         (dict(prediction="velocity"), "prediction"),
         (dict(solver=solvers.ddim(1.0), order=2), "order 1"),
         (dict(solver=solvers.ddim(1.0), prediction="data"), "noise form"),
+        (dict(solver=solvers.ddim(0.5)), "time-reversed"),
+        (dict(solver=solvers.ito(temperature=2.0)), "time-reversed"),
+        (dict(solver=solvers.flow_cps()), "time-reversed"),
+        (dict(solver=diffjax.modifiers.churned(solvers.ddim())), "time-reversed"),
+        (dict(solver=diffjax.modifiers.langevin(solvers.ddim())), "time-reversed"),
         (dict(grid=grids.uniform(processes.flow(), 4), prediction="noise"), "alpha = 0"),
         (dict(grid=grids.time_travel(grids.uniform(processes.vp(), 4), 2, 2)), "gaps"),
         (dict(grid=grids.reverse(grids.uniform(processes.vp(), 4, stop=0.1))), "towards"),

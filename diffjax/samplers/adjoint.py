@@ -13,6 +13,7 @@ its noise is drawn again from its key.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ from diffjax.levels import (
 )
 from diffjax.samplers.sequential import drawn_noise, sample
 from diffjax.solvers.coefficients import exponential, stochastic_exponential
+
+_SMALL = 1e-3  # a step in half-log-SNR that shows which SDE a solver is of
 
 
 def adjoint(
@@ -70,7 +73,7 @@ def adjoint(
     Args:
         key, denoise, grid, shape, x, dtype, noise: as in `sample`.
         solver: any solver of the probability-flow ODE (no draws), or one of the time-reversed SDE with one draw and one
-            row a step, as ``ddim(eta=1)``.
+            row a step, as ``ddim(eta=1)``; not of an SDE with more or less noise, as ``ddim(eta=0.5)``.
         order: of the backward integration, 1 or 2; default 2 for the ODE, 1 (the most) for the SDE.
         prediction: "data" integrates the clean estimate, also from alpha = 0, and is the more accurate at few steps
             (default for the ODE); "noise" integrates eps, the paper's form (the only one for the SDE).
@@ -82,11 +85,13 @@ def adjoint(
     Raises ValueError for a denoiser that remembers, a grid with gaps or away from the data, another order or
     prediction, or a solver that does not fit.
     """
+    if not isinstance(solver, Solver):
+        raise ValueError(f"solver must have plan, init and step (see diffjax.solvers), got {solver!r}.")
     order = (1 if solver.draws else 2) if order is None else order
     prediction = ("noise" if solver.draws else "data") if prediction is None else prediction
     _check(denoise, solver, grid, shape, x, order, prediction)
     grid = grid if is_traced(grid) else concrete(grid)
-    prior_key, run_key = jax.random.split(key)
+    prior_key, _ = jax.random.split(key)  # as `sample` does: with the same key it is the same sample
     if x is None:
         x = grid.process.prior(prior_key, shape or (), dtype, grid.start)
     x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf, jnp.float32)), x)
@@ -95,7 +100,7 @@ def adjoint(
     opening = None if is_traced(grid) or np.any(grid.s.sigma[-1] != 0) else exponential(_last(grid.t), _last(grid.s))
     cast = partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, kind))
     denoise = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _floating(leaf) else leaf, as_value(denoise))
-    problem = Problem(run_key, solver, grid, cast(steps), cast(opening), as_value(noise))
+    problem = Problem(key, solver, grid, cast(steps), cast(opening), as_value(noise))
     return _sample(prediction, denoise, x, problem)
 
 
@@ -239,7 +244,7 @@ def _last(level: Level) -> Level:
 def _check(denoise, solver, grid, shape, x, order, prediction) -> None:
     if order not in (1, 2) or prediction not in ("noise", "data"):
         raise ValueError(f"order must be 1 or 2 and prediction 'noise' or 'data', got {order!r} and {prediction!r}.")
-    if not isinstance(solver, Solver) or solver.draws > 1 or remembers(denoise) or grid.gaps:
+    if solver.draws > 1 or remembers(denoise) or grid.gaps:
         raise ValueError(f"adjoint needs at most one draw a row, no gaps and no memory, got {solver!r}, {denoise!r}.")
     if solver.draws and (order > 1 or prediction == "data"):
         raise ValueError("the adjoint of the SDE has order 1 and the noise form only.")
@@ -248,6 +253,8 @@ def _check(denoise, solver, grid, shape, x, order, prediction) -> None:
     rows = solver.plan(grid)
     if solver.draws and rows.t.time.shape[0] != len(grid):
         raise ValueError(f"adjoint needs one row a step of a stochastic solver, got {solver!r}.")
+    if solver.draws and not is_traced(solver, grid) and not _reverses(solver, concrete(grid)):
+        raise ValueError(f"a stochastic solver must be one of the time-reversed SDE, as ddim(eta=1), got {solver!r}.")
     if not is_traced(grid):
         if np.any(grid.s.half_log_snr < grid.t.half_log_snr):
             raise ValueError("adjoint needs a grid that goes towards the data.")
@@ -255,3 +262,44 @@ def _check(denoise, solver, grid, shape, x, order, prediction) -> None:
             raise ValueError("the noise form has no derivative at alpha = 0: use prediction='data'.")
     if hasattr(denoise, "check"):
         denoise.check(rows.t)
+
+
+def _reverses(solver: Solver, grid: Grid) -> bool:
+    """Whether a stochastic solver's small steps have the noise and the pull to the data of the time-reversed SDE."""
+    h = rise(grid.t, grid.s)
+    usable = np.isfinite(grid.t.half_log_snr) & (h > 0)
+    target = np.where(usable, grid.t.half_log_snr + np.minimum(h, _SMALL), 0.0)
+    trailing = grid.t.alpha.ndim - grid.t.time.ndim
+    level = grid.process.level(half_log_snr=target.reshape(grid.t.time.shape), trailing=trailing)
+    s = Level(*(np.where(usable.reshape(a.shape), a, b) for a, b in zip(level, grid.t, strict=True)))
+    grid = dataclasses.replace(grid, s=s)
+    rows = solver.plan(grid)
+
+    def response(z: float, clean: float) -> Array:
+        """The states after each step from 0, for constant noise and clean estimates."""
+
+        def one(row: Row) -> Array:
+            x = jnp.zeros(np.shape(row.t.alpha))
+            return solver.step((x + z,), _Fixed(clean), x, solver.init(x), row)[0]
+
+        with jax.ensure_compile_time_eval():  # numbers also where the caller is traced
+            return np.asarray(jax.vmap(one)(rows))
+
+    _, weight, std = stochastic_exponential(grid.t, s, 1.0)
+    found = ((response(1.0, 0.0), std), (response(0.0, 1.0), weight))
+    # a mean, since the rates of a table jump between its entries
+    return all(np.mean(np.abs(a - b)[usable] / np.abs(b[usable])) <= 0.1 for a, b in found)
+
+
+@value
+class _Fixed:
+    """A denoiser with one answer, also for solvers that ask for a variance."""
+
+    clean: Array
+
+    def __call__(self, x: Tree, level: Level) -> Tree:
+        del level
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, self.clean), x)
+
+    def with_variance(self, x: Tree, level: Level) -> tuple[Tree, Tree]:
+        return self(x, level), jax.tree.map(jnp.zeros_like, x)
