@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax import grids, modifiers, oracles, predictions, processes, sample, solvers
+from diffjax import grids, modifiers, oracles, parallel, predictions, processes, sample, solvers
 from diffjax.levels import value
 from diffjax.samplers import progress, sequential
 from tests.programs import equations
@@ -98,6 +98,18 @@ def test_failed_at(row, bad):
 
     draw = jax.jit(jax.vmap(lambda x: sample(KEY, denoise, solvers.ddim(), GRID, x=x).failed_at))
     np.testing.assert_array_equal(draw(jnp.array([[1.0, 1.0], [-1.0, 1.0]])), [-1, row])
+
+
+@pytest.mark.parametrize("solver", [solvers.ddim(), solvers.dpmpp(), solvers.heun(), solvers.lml()], ids=repr)
+def test_estimates_of_another_dtype_become_those_of_the_state(solver):
+    """A network in bfloat16 neither changes the loop's dtype nor, with a history, breaks it."""
+    half = lambda x, level: ORACLE(x, level).astype(jnp.bfloat16)
+    run = lambda f, denoise: f(KEY, denoise, solver, GRID, (2,), final_denoise=True).x
+    drivers = (sample, parallel) if solver.calls == 1 else (sample,)
+    for driver in drivers:
+        found = run(driver, half)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, run(driver, ORACLE), atol=0.03)
 
 
 def test_given_state():

@@ -235,7 +235,7 @@ def _run(
     nfe, rounds = end.nfe, end.sweeps * solver.calls
     if options.final_denoise:
         last = jax.tree.map(lambda leaf: leaf[-1], rows.s)
-        result = denoise(result, last)
+        result = unravel(call(ravel_pytree(result)[0], last))
         nfe, rounds = nfe + _evaluations(denoise, None, None, 1, last), rounds + 1
     saved = Saved(None, None, None, None)
     if end.path is not None:

@@ -185,7 +185,7 @@ class Counter:
             raise ValueError(f"denoise returned shape {found} for a state of shape {expected}; they must be equal.")
         evaluations = getattr(self.denoise, "evaluations", None)
         self.nfe = self.nfe + (1 if evaluations is None else evaluations(level))
-        return x0
+        return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, jnp.result_type(like)), x0, x)
 
 
 def normal_noise(key: Array, index: Array, x: Tree, draws: int) -> tuple[Tree, ...]:
