@@ -7,9 +7,10 @@ from the exact probability flow, over trajectories from one set of starts, in fl
 1-Wasserstein distance between their samples and exact ones; its floor is the same between two exact sets.
 
 Writes mixture.png, mixture.csv and mixture.md.
-Run time: 30 s on 2 CPU cores, and half a second for every solver.
-Expect: from one NFE to its double the errors of a solver of order p fall by 2^p, until the last step of the grid,
-which is of first order and short, sets the floor near 1e-5; stochastic solvers reach the floor at 32 to 128.
+Run time: 15 s on 2 CPU cores with ten solvers, under a minute with sixty.
+Expect: a solver of order p loses a factor of 2^p from one number of evaluations to its double, up to order 4, which
+the first-order last step of the grid allows; at 128 evaluations ddim 1e-2, dpmpp 4e-4, midpoint 3e-4.  Stochastic
+solvers come near the floor, 0.013, at 64 to 128.
 """
 
 from __future__ import annotations
