@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 
 import diffjax
+from diffjax.catalogue import catalogue
 from diffjax.levels import Grid, Info, Level, Row, Solver, Tree, namespace, static, value
 
 
 def public(names: Sequence[str] = ()) -> dict[str, Solver]:
-    """The solvers of ``diffjax.solvers.__all__`` (or the named ones) that their factories build with defaults.
+    """The solvers of ``diffjax.solvers`` (or the named ones) that their factories build with defaults.
 
     Raises ValueError for a name that is no public solver, or is one that has no defaults.
     """
-    known = diffjax.solvers.__all__
+    known = list(catalogue(diffjax.solvers))
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise ValueError(f"solvers {unknown} are not public; there are {known}.")

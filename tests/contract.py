@@ -18,6 +18,7 @@ import numpy as np
 from scipy.integrate import solve_ivp
 
 from diffjax import grids, modifiers, processes, solvers
+from diffjax.catalogue import catalogue
 from diffjax.levels import Grid, Level, Row, Solver, namespace
 
 # --- which solvers ------------------------------------------------------------------------------------------------
@@ -26,6 +27,11 @@ from diffjax.levels import Grid, Level, Row, Solver, namespace
 VARIANTS: dict[str, list[dict]] = {
     "ancestral": [{"variance": 1.0}],
     "ddim": [{"eta": 0.5}],
+    "generalised_sde": [{"method": "heun"}],
+    "sa_solver": [
+        {"mode": "PECE", "predictor_order": 2, "corrector_order": 2},
+        {"predictor_order": 2, "corrector_order": 3, "tau": 0.0},
+    ],
 }
 # Modifiers are applied to one two-call, one multistep and one stochastic solver, with these settings.
 MODIFIED: dict[str, dict] = {
@@ -44,12 +50,12 @@ class Case(NamedTuple):
 
 def found(modified: bool = True) -> Iterator[Case]:
     """Every public solver with its defaults and variants, and every public modifier around a few."""
-    for name in solvers.__all__:
+    for name in catalogue(solvers):
         factory = getattr(solvers, name)
         for settings in [{}, *variants(name, factory)]:
             shown = ", ".join(f"{k}={v}" for k, v in settings.items())
             yield Case(f"{name}({shown})", functools.partial(factory, **settings))
-    for name in modifiers.__all__ if modified else ():
+    for name in catalogue(modifiers) if modified else ():
         modifier = functools.partial(getattr(modifiers, name), **MODIFIED.get(name, {}))
         for base in BASES:
             try:
@@ -237,7 +243,7 @@ class Slopes(NamedTuple):
 ROUND_OFF = 1e-12
 
 
-def ladder(error: Callable[[int], float], least: int = 16, enough: int = 128, most: int = 4096) -> Slopes:
+def ladder(error: Callable[[int], float], least: int = 16, enough: int = 128, most: int = 8192) -> Slopes:
     """Double the steps to ``enough`` and on until three slopes agree; stop at round-off or at ``most``."""
     found = Slopes([], [])
     steps = least
@@ -262,7 +268,7 @@ def flow_order(solver: Solver, problem: str) -> Slopes:
     return ladder(error)
 
 
-def moments(solver: Solver, rows: Row) -> tuple[np.ndarray, np.ndarray]:
+def moments(solver: Solver, rows: Row, data: Mixture = GAUSSIAN) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the last state on Gaussian data, exactly.
 
     A step is affine in (x, memory, noise) there; its matrices are read off by applying it to a basis, and the start has
@@ -276,11 +282,11 @@ def moments(solver: Solver, rows: Row) -> tuple[np.ndarray, np.ndarray]:
     parts = [basis[:, size * k : size * (k + 1)] for k in range(total // size)]
     structure = jax.tree.structure(solver.init(parts[0]))
     x, memory, noise = parts[0], structure.unflatten(parts[1 : 1 + held]), tuple(parts[1 + held :])
-    mean, covariance = GAUSSIAN.marginal(at(rows, 0).t)
+    mean, covariance = data.marginal(at(rows, 0).t)
     mean = np.concatenate([mean, np.zeros(inputs - size)])
     covariance = np.pad(covariance, (0, inputs - size))
     for i in range(length(rows)):
-        out, after, _ = solver.step(noise, GAUSSIAN, x, memory, at(rows, i))
+        out, after, _ = solver.step(noise, data, x, memory, at(rows, i))
         columns = np.concatenate([np.asarray(leaf) for leaf in (out, *jax.tree.leaves(after))], axis=1)
         matrix = (columns[1:] - columns[0]).T
         keep, fresh = matrix[:, :inputs], matrix[:, inputs:]

@@ -14,7 +14,6 @@ KEY = jax.random.key(0)
 MIXTURE = oracles.mixture([0.4, 0.6], [[-1.0, 0.3], [1.2, -0.5]], [[0.1, 0.3], [0.05, 0.2]])
 START = np.array([0.9, -0.4])
 WEIGHTS = np.array([1.0, 2.0])
-TITLE = "AdjointDEIS: Efficient Gradients for Diffusion Models"
 
 
 def _gradients(run):
@@ -30,7 +29,7 @@ def _error(found, true):
     return np.array([np.abs(a - b).max() for a, b in zip(found, true, strict=True)])
 
 
-@pytest.mark.paper(TITLE)
+@pytest.mark.paper("AdjointDEIS: Efficient Gradients for Diffusion Models")
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(
     ("process", "prediction", "start"),
@@ -54,7 +53,7 @@ def test_the_gradient_has_the_stated_order(process, prediction, start, order, x6
     assert np.all(apart[0] > 1e-7)  # it is not the same computation
 
 
-@pytest.mark.paper(TITLE)
+@pytest.mark.paper("AdjointDEIS: Efficient Gradients for Diffusion Models")
 def test_a_step_is_the_papers(x64):
     # one step to a level above the data: a_t = alpha_s / alpha_t a_s + sigma_t (alpha_s / alpha_t)^2 (e^h - 1) J^T a_s
     process = processes.vp()
@@ -74,7 +73,7 @@ def test_a_step_is_the_papers(x64):
         np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-@pytest.mark.paper(TITLE)
+@pytest.mark.paper("AdjointDEIS: Efficient Gradients for Diffusion Models")
 @pytest.mark.parametrize("solver", [solvers.ddim(eta=1.0), solvers.euler_maruyama()], ids=repr)
 def test_the_sde_with_its_own_noise(solver, x64):
     # on one Brownian path, against automatic differentiation on a fine grid; strong order 1
@@ -95,7 +94,7 @@ def test_the_sde_with_its_own_noise(solver, x64):
     assert np.all(errors[1] < 0.25 * errors[0]), errors
 
 
-@pytest.mark.paper(TITLE)
+@pytest.mark.paper("AdjointDEIS: Efficient Gradients for Diffusion Models")
 def test_the_noise_of_the_forward_pass_is_drawn_again(x64):
     grid = grids.times(processes.cosine(), np.linspace(0.9, 0.2, 401))
     key = jax.random.key(3)
@@ -105,7 +104,7 @@ def test_the_noise_of_the_forward_pass_is_drawn_again(x64):
     assert np.all(close < 0.2 * wrong), (close, wrong)
 
 
-@pytest.mark.paper(TITLE)
+@pytest.mark.paper("AdjointDEIS: Efficient Gradients for Diffusion Models")
 def test_memory_does_not_grow_with_the_steps():
     process = processes.vp()
     x = jnp.zeros(5000)
@@ -121,7 +120,7 @@ def test_memory_does_not_grow_with_the_steps():
     assert temporary(diffjax.sample, 128) > 3 * many
 
 
-@pytest.mark.paper(TITLE)
+@pytest.mark.paper("AdjointDEIS: Efficient Gradients for Diffusion Models")
 def test_latent_optimisation():
     # find the noise whose sample is as near as possible to a point, by gradient descent through the sampler
     grid, target = grids.log_snr(processes.vp(), 12), jnp.asarray([1.2, -0.5])

@@ -33,6 +33,8 @@ def test_measured_order(case):
     On the mixture, where nothing cancels, a deterministic method is also not half an order better than it says.
     """
     solver = case.build()
+    if solver.order == 0:  # it says that it converges to no flow: it has a test of its own
+        return
     for problem, found in contract.measured_orders(solver).items():
         assert found.order >= contract.declared_order(solver) - 0.2, (problem, found, found.slopes)
         assert found.settled or found.exact, (problem, found, found.slopes)
@@ -72,7 +74,7 @@ def test_kernel(case):
 def test_update_is_the_step_of_a_one_call_solver(case):
     solver = case.build()
     if not hasattr(solver, "update"):
-        assert solver.calls > 1
+        assert solver.calls > 1 or getattr(solver, "entry", False)
         return
     rows, x, memory = solver.plan(contract.rough(5)), STARTS, contract.initial(solver, STARTS)
     for i in range(length(rows)):
@@ -131,8 +133,8 @@ def test_standing_still(case, process):
 
     (A corrector may still improve an entry in the row after it moved.)
     """
-    if case.name.startswith("churned("):
-        pytest.skip("churn moves every level")
+    if case.name.startswith(("churned(", "annealed_langevin(")):
+        pytest.skip("the state moves within a level")
     solver = case.build()
     x = np.array([0.4, -1.2, 0.7, 0.1])
     rows = solver.plan(grids.times(process(), STILL))
@@ -142,7 +144,8 @@ def test_standing_still(case, process):
     assert np.sum(rested) >= 4 and np.all(np.isfinite(states))
     for i in range(length(rows)):
         np.testing.assert_array_equal(states[i + 1][rested[i]], states[i][rested[i]])
-    for column in (0, 3) if length(rows) == len(STILL) - 1 else ():
+    apart = length(rows) == len(STILL) - 1 and not getattr(solver, "couples", False)
+    for column in (0, 3) if apart else ():
         alone = solver.plan(grids.times(process(), STILL[:, column]))
         only = slice(column, column + 1)
         noise = lambda i, only=only: tuple(z[only] for z in fixed_noise(solver, x)(i))
@@ -176,7 +179,8 @@ def test_invariance(case):
         same = process.level(half_log_snr=clock.process.level(times).half_log_snr).time
         if np.all(np.isfinite(same)) and np.all(same <= process.end):
             found = result(grids.times(process, same), STARTS)
-            if case.name != "ancestral(variance=1.0)":  # the forward step's variance, which is not in x / alpha
+            # the forward step and its variance are not in x / alpha
+            if case.name not in ("ancestral(variance=1.0)", "reverse_diffusion()"):
                 np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -200,7 +204,8 @@ def test_plan_traced(case, x64):
     for a, da, x, y, z in zip(*map(jax.tree.leaves, (primal, tangent, low, here, high)), strict=True):
         np.testing.assert_allclose(a, y, rtol=1e-9, atol=1e-11)
         if jnp.issubdtype(a.dtype, jnp.floating):
-            difference = np.where(np.isfinite(y), (np.float64(z) - np.float64(x)) / (2 * step), 0.0)
+            ends = (np.where(np.isfinite(y), np.float64(end), 0.0) for end in (z, x))
+            difference = np.subtract(*ends) / (2 * step)
             np.testing.assert_allclose(np.where(np.isfinite(y), da, 0.0), difference, rtol=1e-5, atol=1e-6)
 
 
@@ -281,7 +286,7 @@ def test_batched_and_differentiated(case, x64):
 
     for k in range(3):
         _, noise_key = jax.random.split(keys[k])
-        noise = lambda i, key=noise_key: normal_noise(key, jnp.int32(i), x, solver.draws) if solver.draws else ()
+        noise = lambda i, key=noise_key: normal_noise(key, jnp.int32(i), None, x, solver.draws) if solver.draws else ()
         alone = run(solver, denoise, jax.tree.map(lambda leaf, k=k: leaf[k], states), rows, noise)[-1]
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(outs), strict=True):
             np.testing.assert_allclose(a, b[k], rtol=1e-10, atol=1e-11)

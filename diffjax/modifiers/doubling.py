@@ -16,9 +16,10 @@ from diffjax.levels import Grid, Info, Level, Row, Solver, Tree, concrete, is_tr
 def doubled(solver: Solver, extrapolate: bool = False) -> Doubled:
     """Step doubling: every row is made once whole and once in two halves of half-log-SNR.
 
-    The result is that of the halves, x2; the error estimate ``(x2 - x1) / (2^order - 1)`` makes any one-step
-    deterministic solver a solver for `diffjax.adaptive`.  With ``extrapolate`` the estimate is added to the result,
-    which gains an order (Richardson).  Three times the solver's denoiser calls.
+    The result is that of the halves, x2 (a step to sigma = 0 or from alpha = 0 is not halved); the error estimate
+    ``(x2 - x1) / (2^order - 1)`` makes any one-step deterministic solver a solver for `diffjax.adaptive`.  With
+    ``extrapolate`` the estimate is added to the result, which gains an order (Richardson).  Three times the solver's
+    denoiser calls.
 
     Enhanced Diffusion Sampling via Extrapolation with Multiple ODE Solutions, arXiv:2504.01855 (the extrapolation).
 
@@ -80,12 +81,11 @@ class Doubled:
 
 
 def _middle(grid: Grid) -> Level:
-    """Half-way in half-log-SNR, and in time where that is infinite."""
+    """Half-way in half-log-SNR; where that is infinite, or nothing moves, the start: the second half is whole."""
     t, s = grid.t, grid.s
     xp = namespace(t, s)
-    trailing = t.alpha.ndim - t.time.ndim
-    ends = [level.half_log_snr.reshape(level.time.shape) for level in (t, s)]
-    finite = xp.isfinite(ends[0]) & xp.isfinite(ends[1])
-    mean = 0.5 * (xp.where(finite, ends[0], 0.0) + xp.where(finite, ends[1], 0.0))
-    time = xp.where(finite, grid.process.schedule.time(mean), 0.5 * (t.time + s.time))
-    return grid.process.level(xp.where(t.time == s.time, t.time, time), trailing=trailing)
+    moves = xp.isfinite(t.half_log_snr) & xp.isfinite(s.half_log_snr) & (t.half_log_snr != s.half_log_snr)
+    mean = 0.5 * (xp.where(moves, t.half_log_snr, 0.0) + xp.where(moves, s.half_log_snr, 0.0))
+    level = grid.process.level(half_log_snr=mean.reshape(t.time.shape), trailing=t.alpha.ndim - t.time.ndim)
+    masks = (moves.reshape(t.time.shape), moves, moves, moves)
+    return Level(*(xp.where(mask, a, b) for mask, a, b in zip(masks, level, t, strict=True)))

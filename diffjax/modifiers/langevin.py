@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from diffjax.levels import Array, Grid, Info, Level, Row, Solver, Tree, is_traced, static, value
+from diffjax.levels import Array, Grid, Info, Level, Row, Solver, Tree, is_traced, namespace, static, value
 
 
 def langevin(solver: Solver, steps: int = 1, snr: Array = 0.16, size: Array | None = None) -> Langevin:
@@ -75,22 +74,25 @@ class Langevin:
         self, noise: tuple[Tree, ...], denoise: Callable[[Tree, Level], Tree], x: Tree, memory: Tree, row: Row
     ) -> tuple[Tree, Tree, Info]:
         for z in noise[: self.steps]:
-            x = self._correct(z, denoise(x, row.t), x, row.t)
+            x = self._correct(z, denoise(x, row.t), x, row)
         return self.inner.step(noise[self.steps :], denoise, x, memory, row)
 
-    def _correct(self, z: Tree, x0: Tree, x: Tree, level: Level) -> Tree:
-        still = level.sigma == 0
-        variance = jnp.where(still, 1.0, level.sigma**2)
-        score = jax.tree.map(lambda leaf, clean: jnp.where(still, 0.0, (level.alpha * clean - leaf) / variance), x, x0)
+    def _correct(self, z: Tree, x0: Tree, x: Tree, row: Row) -> Tree:
+        level = row.t
+        xp = namespace(x, x0, level)
+        # a step that goes nowhere, or starts at the data, is the identity
+        still = (level.sigma == 0) | (level.half_log_snr == row.s.half_log_snr)
+        variance = xp.where(still, 1.0, level.sigma**2)
+        score = jax.tree.map(lambda leaf, clean: xp.where(still, 0.0, (level.alpha * clean - leaf) / variance), x, x0)
         if self.by_ratio:
             squared = _squared(score)
-            size = 2 * self.strength**2 * _squared(z) / jnp.where(squared > 0, squared, 1.0)
-            size = jnp.where(squared > 0, size, 0.0)
+            size = 2 * self.strength**2 * _squared(z) / xp.where(squared > 0, squared, 1.0)
+            size = xp.where(squared > 0, size, 0.0)
         else:
-            size = self.strength * level.sigma**2
-        std = jnp.sqrt(2 * size)
+            size = xp.where(still, 0.0, self.strength * level.sigma**2)
+        std = xp.sqrt(2 * size)
         return jax.tree.map(lambda a, s, n: (a + size * s + std * n).astype(a.dtype), x, score, z)
 
 
 def _squared(tree: Tree) -> Array:
-    return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), start=jnp.zeros(()))
+    return sum((leaf**2).sum() for leaf in jax.tree.leaves(tree))

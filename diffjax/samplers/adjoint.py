@@ -37,7 +37,7 @@ from diffjax.levels import (
     rise,
     value,
 )
-from diffjax.samplers.sequential import normal_noise, sample
+from diffjax.samplers.sequential import drawn_noise, sample
 from diffjax.solvers.coefficients import exponential, stochastic_exponential
 
 
@@ -216,9 +216,7 @@ def _noise(problem: Problem, step: Steps, x: Tree) -> tuple[Tree, ...]:
     """What `sample` drew for the step."""
     _, key = jax.random.split(problem.key)
     index = step.index.astype(jnp.int32)
-    if problem.noise is None:
-        return normal_noise(key, index, step.row, x, 1)
-    return problem.noise(key, index, step.row, x, 1)
+    return drawn_noise(problem.noise, key, index, step.row, x, 1)
 
 
 def _with(denoise: Any, parameters: list) -> Any:

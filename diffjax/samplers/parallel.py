@@ -32,7 +32,7 @@ from diffjax.levels import (
     remembers,
     rise,
 )
-from diffjax.samplers.sequential import normal_noise, prepare
+from diffjax.samplers.sequential import drawn_noise, prepare
 from diffjax.samplers.window import METHODS, fixed_linear_part, makes_one_call, solve, sweep
 
 GUESSES = ("copies", "jump")
@@ -168,8 +168,7 @@ def _run(
     flat = _Flat(solver, unravel)
 
     def draw(index: Array, row: Row) -> tuple[Array, ...]:
-        source = normal_noise if noise is None else noise
-        return tuple(ravel_pytree(tree)[0] for tree in source(key, index, row, x, solver.draws))
+        return tuple(ravel_pytree(tree)[0] for tree in drawn_noise(noise, key, index, row, x, solver.draws))
 
     def body(carry: Carry) -> Carry:
         inside = carry.begin + offsets < count

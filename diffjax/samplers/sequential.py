@@ -31,6 +31,7 @@ from diffjax.levels import (
 )
 from diffjax.modifiers.gaps import renoised
 from diffjax.samplers.progress import tick
+from diffjax.solvers.learned_variance import with_variance
 
 SAVES = ("states", "x0")
 # Up to this many entries a sample all noise is drawn in one operation before the loop: the same numbers, fewer kernels.
@@ -171,6 +172,14 @@ class Counter:
             x0, self.memory = self.denoise.apply(x, level, self.memory)
         else:
             x0 = self.denoise(x, level)
+        return self._counted(x, x0, level)
+
+    def with_variance(self, x: Tree, level: Level) -> tuple[Tree, Tree]:
+        """The clean estimate and the predicted variance of the reverse step, in one call."""
+        x0, share = with_variance(self.denoise)(x, level)
+        return self._counted(x, x0, level), share
+
+    def _counted(self, x: Tree, x0: Tree, level: Level) -> Tree:
         expected, found = (jax.tree.map(jnp.shape, tree) for tree in (x, x0))
         if expected != found:
             raise ValueError(f"denoise returned shape {found} for a state of shape {expected}; they must be equal.")
@@ -179,15 +188,21 @@ class Counter:
         return x0
 
 
-def normal_noise(key: Array, index: Array, row: Row | None, x: Tree, draws: int) -> tuple[Tree, ...]:
+def normal_noise(key: Array, index: Array, x: Tree, draws: int) -> tuple[Tree, ...]:
     """Standard normal trees shaped like ``x`` that depend on the key and the row's index alone."""
-    del row
     key = jax.random.fold_in(key, index)
     leaves, structure = jax.tree.flatten(x)
     count = draws * len(leaves)
     keys = [key] if count == 1 else [jax.random.fold_in(key, i) for i in range(count)]
     normals = [jax.random.normal(k, jnp.shape(leaf), leaf.dtype) for k, leaf in zip(keys, leaves * draws, strict=True)]
     return tuple(structure.unflatten(normals[i : i + len(leaves)]) for i in range(0, count, len(leaves)))
+
+
+def drawn_noise(noise: Any, key: Array, index: Array, row: Row, x: Tree, draws: int) -> tuple[Tree, ...]:
+    """The noise of a row from the source ``noise``, or `normal_noise` where that is None."""
+    if not draws:
+        return ()
+    return normal_noise(key, index, x, draws) if noise is None else noise(key, index, row, x, draws)
 
 
 def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, noise: Any, options: Options) -> Sample:
@@ -206,14 +221,13 @@ def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, noise: An
 
     indices = jnp.arange(count, dtype=jnp.int32)
     early = solver.draws and noise is None and count * solver.draws * _size(x) <= _EARLY
-    drawn = jax.vmap(lambda index: normal_noise(key, index, None, x, solver.draws))(indices) if early else None
+    drawn = jax.vmap(lambda index: normal_noise(key, index, x, solver.draws))(indices) if early else None
 
     def body(carry: Carry, indexed: tuple[Array, Row, Tree]) -> tuple[Carry, None]:
         index, row, draws = indexed
         counter = Counter(denoise, carry.denoiser, carry.nfe)
         if draws is None:
-            draw = normal_noise if noise is None else noise
-            draws = draw(key, index, row, carry.x, solver.draws) if solver.draws else ()
+            draws = drawn_noise(noise, key, index, row, carry.x, solver.draws)
         x, memory, info = solver.step(draws, counter, carry.x, carry.solver, row)
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(x)]).all()
         failed_at = jnp.where((carry.failed_at < 0) & ~finite, index, carry.failed_at)
@@ -276,7 +290,7 @@ def _write(buffer: Tree | None, x: Tree, slot: Array) -> Tree | None:
 def _noised(key: Array, x: Tree, keep: Array, std: Array) -> Tree:
     if not is_traced(keep, std) and np.all(keep == 1) and np.all(std == 0):
         return x
-    (noise,) = normal_noise(key, 0, None, x, 1)
+    (noise,) = normal_noise(key, 0, x, 1)
     return jax.tree.map(lambda leaf, z: (keep * leaf + std * z).astype(leaf.dtype), x, noise)
 
 

@@ -11,7 +11,10 @@ from diffjax.levels import Array, Grid, Level, namespace, ratio, rise, root
 def exponential(t: Level, s: Level) -> tuple[Array, Array]:
     """``(sigma_s / sigma_t, alpha_s (1 - exp(-h)))``: the step that is exact for a constant clean estimate."""
     xp = namespace(t, s)
-    return ratio(s.sigma, t.sigma), -s.alpha * xp.expm1(-rise(t, s))
+    h, keep = rise(t, s), ratio(s.sigma, t.sigma)
+    # towards noise the same number is sigma_s / sigma_t alpha_t (exp(h) - 1), finite also at alpha_s = 0
+    cleaner, noisier = -s.alpha, xp.where(xp.isfinite(keep), keep, 0.0) * t.alpha
+    return keep, xp.where(h >= 0, cleaner, noisier) * xp.expm1(-xp.abs(h))
 
 
 def stochastic_exponential(t: Level, s: Level, eta: Array) -> tuple[Array, Array, Array]:

@@ -6,7 +6,8 @@ velocity or any other linear variable.  With S stages, H remembered readings and
     x_j = A_j . (x, v_1, ..., v_{j-1}, h_1, ..., h_H, z_1, ..., z_Z)        for the stages j = 2 .. S, with x_1 = x
     x'  = B   . (x, v_1, ..., v_S,     h_1, ..., h_H, z_1, ..., z_Z)
 
-and, for an embedded pair, error = E . (the same).  After the step v_1 becomes h_1.  A *method* is whatever fills the
+and, for an embedded pair, error = E . (the same).  After the step v_1 becomes h_1.  Methods that add noise before their
+first call have an *entry*, x_1 = A_1 . (x, h_1, ..., h_H, z_1, ..., z_Z).  A *method* is whatever fills the
 coefficients in: a value with ``table(grid)``, written once for NumPy in float64 and for traced grids.  Euler, DDIM,
 ancestral sampling, exponential multistep and Runge-Kutta methods, deterministic or stochastic, differ in nothing but
 their numbers.
@@ -27,9 +28,10 @@ class Table(NamedTuple):
     """The coefficients of every row, leading axis R; the rest broadcasts against the state.
 
     ``out`` (R, 1 + S + H + Z, ...); ``stages[j]`` (R, 1 + j + 1 + H + Z, ...) for the (j + 2)-nd stage;
-    ``levels[j]`` its level; ``reads`` (R, S, 2, ...) the pairs (p, q), or None where the reading is x0 itself.
-    ``error``, shaped like ``out``, the error estimate of an embedded pair.  In a plan the second axes are tuples of
-    columns.
+    ``levels[j]`` its level; ``reads`` (R, S, 2, ...) the pairs (p, q), or None where the reading is x0 itself;
+    ``error``, shaped like ``out``, the error estimate of an embedded pair; ``entry`` (R, 1 + H + Z, ...) the state of
+    the first call, or None where that is the state itself.  ``ends`` are the levels (t, s) of the rows where they are
+    not simply the grid's steps (start-up rows).  In a plan the second axes are tuples of columns.
     """
 
     out: Any
@@ -37,11 +39,17 @@ class Table(NamedTuple):
     levels: tuple[Level, ...] = ()
     reads: Any = None
     error: Any = None
+    entry: Any = None
+    ends: tuple[Level, Level] | None = None
 
 
 @value
 class Linear:
-    """A solver defined by a table; see the module."""
+    """A solver defined by a table; see the module.
+
+    ``order`` is that of the deterministic part, ``weak_order`` that of the law of a stochastic method; ``entry`` says
+    that the first call is not at the state itself.
+    """
 
     method: Any
     order: int = static()
@@ -49,6 +57,8 @@ class Linear:
     history: int = static(default=0)
     draws: int = static(default=0)
     embedded: bool = static(default=False)
+    weak_order: int = static(default=1)
+    entry: bool = static(default=False)
 
     def __repr__(self) -> str:
         return repr(self.method)
@@ -56,7 +66,9 @@ class Linear:
     def plan(self, grid: Grid) -> Row:
         method, grid = (self.method, grid) if is_traced(self.method, grid) else (self.method, concrete(grid))
         check(self, grid)
-        return Row(grid.t, grid.s, _columns(method.table(grid)))
+        table = method.table(grid)
+        t, s = (grid.t, grid.s) if table.ends is None else table.ends
+        return Row(t, s, _columns(table._replace(ends=None)))
 
     def init(self, x: Tree) -> Tree:
         return (jax.tree.map(jnp.zeros_like, x),) * self.history
@@ -65,10 +77,10 @@ class Linear:
     def update(self) -> Callable[[tuple[Tree, ...], Tree, Tree, Tree, Row], tuple[Tree, Tree]]:
         """``(noise, x, x0, memory, row) -> (x, memory)``, the step once the clean estimate is known.
 
-        Only one-call methods have it: `hasattr` tells.
+        Only methods of one call, which is made at the state itself, have it: `hasattr` tells.
         """
-        if self.calls != 1:
-            raise AttributeError(f"{self!r} makes {self.calls} denoiser calls a step, so it has no update.")
+        if self.calls != 1 or self.entry:
+            raise AttributeError(f"{self!r} has no update: that takes one denoiser call a step, at the state itself.")
         return self._update
 
     @property
@@ -77,7 +89,7 @@ class Linear:
 
         Only methods of one call, one draw and no history have it: `hasattr` tells.
         """
-        if (self.calls, self.history, self.draws) != (1, 0, 1):
+        if (self.calls, self.history, self.draws) != (1, 0, 1) or self.entry:
             raise AttributeError(f"{self!r} has no kernel: that takes one call, one draw and no history.")
         return self._kernel
 
@@ -94,8 +106,9 @@ class Linear:
         self, noise: tuple[Tree, ...], denoise: Callable[[Tree, Level], Tree], x: Tree, memory: Tree, row: Row
     ) -> tuple[Tree, Tree, Info]:
         table = row.coefficients
-        x0 = denoise(x, row.t)
-        readings = [_read(table, 0, x, x0)]
+        first = x if table.entry is None else combine(table.entry, (x, *memory, *noise))
+        x0 = denoise(first, row.t)
+        readings = [_read(table, 0, first, x0)]
         for j in range(self.calls - 1):
             stage = combine(table.stages[j], (x, *readings, *memory, *noise))
             readings.append(_read(table, j + 1, stage, denoise(stage, table.levels[j])))
@@ -115,8 +128,9 @@ def _columns(table: Table) -> Table:
         return tuple(array[:, k] for k in range(array.shape[1]))
 
     reads = None if table.reads is None else tuple(split(part) for part in split(table.reads))
-    error = None if table.error is None else split(table.error)
-    return table._replace(out=split(table.out), stages=tuple(map(split, table.stages)), reads=reads, error=error)
+    error, entry = (None if part is None else split(part) for part in (table.error, table.entry))
+    out, stages = split(table.out), tuple(map(split, table.stages))
+    return table._replace(out=out, stages=stages, reads=reads, error=error, entry=entry)
 
 
 def _read(table: Table, stage: int, x: Tree, x0: Tree) -> Tree:

@@ -1,7 +1,9 @@
-"""Runge-Kutta methods on the probability-flow ODE ``dx/dt = alpha' x0 + sigma' eps`` in time, and Euler-Maruyama.
+"""Runge-Kutta methods on the probability-flow ODE in time, half-log-SNR or sigma / alpha, and Euler-Maruyama.
 
-A step to sigma = 0 is first order, ``x' = alpha_s x0``, and makes its further stages where nothing is read from them:
-no stage is evaluated at sigma = 0.
+In the units psi of a prediction v (see `quadrature`) the ODE is ``d(x / psi) / du = v dm / du`` in any variable u:
+``dx/dt = alpha' x0 + sigma' eps`` in time, ``d(x / alpha) / d rho = eps`` in rho = sigma / alpha.  A step to sigma = 0
+is first order, ``x' = alpha_s x0``, and makes its further stages where nothing is read from them: no stage is evaluated
+at sigma = 0.
 """
 
 from __future__ import annotations
@@ -9,74 +11,163 @@ from __future__ import annotations
 import numpy as np
 
 from diffjax.levels import Array, Grid, Level, is_traced, namespace, root, squared_diffusion, static, value
-from diffjax.solvers.coefficients import difference, exponential, stochastic_exponential, velocity_reading
+from diffjax.solvers.coefficients import difference, exponential, rates, stochastic_exponential
 from diffjax.solvers.linear import Linear, Table, stack
+from diffjax.solvers.quadrature import PREDICTIONS, VARIABLES, choice, reading, unit, variable
 
 # name: (order, nodes c of stages 2.., rows a of stages 2.., weights b)
-_TABLEAUS = {
+TABLEAUS = {
     "euler": (1, (), (), (1.0,)),
     "heun": (2, (1.0,), ((1.0,),), (0.5, 0.5)),
     "midpoint": (2, (0.5,), ((0.5,),), (0.0, 1.0)),
+    "ralston": (2, (2 / 3,), ((2 / 3,),), (1 / 4, 3 / 4)),
+    "kutta3": (3, (0.5, 1.0), ((0.5,), (-1.0, 2.0)), (1 / 6, 2 / 3, 1 / 6)),
+    "heun3": (3, (1 / 3, 2 / 3), ((1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4)),
+    "ralston3": (3, (1 / 2, 3 / 4), ((1 / 2,), (0.0, 3 / 4)), (2 / 9, 1 / 3, 4 / 9)),
+    "wray3": (3, (8 / 15, 2 / 3), ((8 / 15,), (1 / 4, 5 / 12)), (1 / 4, 0.0, 3 / 4)),
+    "ssp3": (3, (1.0, 0.5), ((1.0,), (0.25, 0.25)), (1 / 6, 1 / 6, 2 / 3)),
+    "rk4": (4, (0.5, 0.5, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
 }
+_DEFAULTS = {"time": "velocity", "half_log_snr": "velocity", "noise_to_signal": "noise"}
 
 
-def euler() -> Linear:
-    """Euler in time: ``x_s = x_t + (s - t) dx/dt``; for flow matching and EDM this is DDIM.  Order 1, one call.
+def runge_kutta(tableau: str = "rk4", variable: str = "time", prediction: str | None = None) -> Linear:
+    """An explicit Runge-Kutta method: ``x_j = psi_j (x / psi_t + (u_s - u_t) sum_k a_jk v_k dm/du)``.
 
+    Args:
+        tableau: "euler" (order 1), "heun", "midpoint", "ralston" (2), "kutta3", "heun3", "ralston3", "wray3" (van
+            der Houwen and Wray), "ssp3" (Shu and Osher; 3), "rk4" (4).  As many denoiser calls as the order.
+        variable: the variable u whose steps are taken: "time", "half_log_snr", "noise_to_signal" (sigma / alpha).
+        prediction: in whose units: "velocity" (default in time and half-log-SNR), "noise" (default in sigma / alpha:
+            DEIS rhoRK) or "data".
+
+    Steps from alpha = 0 in another variable than time are first order, as is the last step to sigma = 0.
+    Score-Based Generative Modeling through Stochastic Differential Equations, arXiv:2011.13456, section 4.3; Fast
+    Sampling of Diffusion Models with Exponential Integrator, arXiv:2204.13902, section 4 (rhoRK).
+
+    Raises ValueError for other arguments.
+
+    >>> runge_kutta("kutta3", "noise_to_signal").calls
+    3
+    """
+    choice("tableau", tableau, tuple(TABLEAUS))
+    choice("variable", variable, VARIABLES)
+    prediction = _DEFAULTS[variable] if prediction is None else prediction
+    choice("prediction", prediction, PREDICTIONS)
+    order, nodes, _, _ = TABLEAUS[tableau]
+    return Linear(RungeKutta(tableau, variable, prediction), order=order, calls=1 + len(nodes))
+
+
+def euler(variable: str = "time") -> Linear:
+    """Euler: ``x_s = x_t + (s - t) dx/dt``; for flow matching and EDM this is DDIM.  Order 1, one call.
+
+    ``variable``: "time", "half_log_snr" or "noise_to_signal" (there it is DDIM for every process); or ValueError.
     Score-Based Generative Modeling through Stochastic Differential Equations, arXiv:2011.13456, section 4.3.
     """
-    return _runge_kutta("euler")
+    return runge_kutta("euler", variable)
 
 
-def heun() -> Linear:
-    """Heun's method in time: the average of the slopes at both ends.  Order 2, two calls.
+def heun(variable: str = "time") -> Linear:
+    """Heun's method: the average of the slopes at both ends.  Order 2, two calls.
 
+    ``variable``: "time", "half_log_snr" or "noise_to_signal"; ValueError for another.
     The last step, to sigma = 0, is Euler's; its second call is made and weighs nothing.
     Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, algorithm 1.
     """
-    return _runge_kutta("heun")
+    return runge_kutta("heun", variable)
 
 
-def midpoint() -> Linear:
-    """The midpoint method in time: the slope half way.  Order 2, two calls."""
-    return _runge_kutta("midpoint")
+def midpoint(variable: str = "time") -> Linear:
+    """The midpoint method: the slope half way in ``variable`` (as in `heun`).  Order 2, two calls."""
+    return runge_kutta("midpoint", variable)
 
 
-def _runge_kutta(name: str) -> Linear:
-    order, nodes, _, _ = _TABLEAUS[name]
-    return Linear(RungeKutta(name), order=order, calls=1 + len(nodes))
+def ralston(variable: str = "time") -> Linear:
+    """Ralston's method: slopes at 0 and 2/3, weights 1/4 and 3/4; ``variable`` as in `heun`.  Order 2, two calls."""
+    return runge_kutta("ralston", variable)
+
+
+def kutta3(variable: str = "time") -> Linear:
+    """Kutta's third-order method: Simpson's rule; ``variable`` as in `heun`.  Order 3, three calls.
+
+    The others of third order, "heun3", "ralston3", "wray3" and "ssp3", are tableaus of `runge_kutta`.
+    """
+    return runge_kutta("kutta3", variable)
+
+
+def rk4(variable: str = "time") -> Linear:
+    """The classical Runge-Kutta method; ``variable`` as in `heun`.  Order 4, four calls."""
+    return runge_kutta("rk4", variable)
 
 
 @value
 class RungeKutta:
-    name: str = static()
+    tableau: str = static()
+    variable: str = static()
+    prediction: str = static()
 
     def __repr__(self) -> str:
-        return f"{self.name}()"
+        extra = "" if self.prediction == _DEFAULTS[self.variable] else f", prediction={self.prediction!r}"
+        return f"runge_kutta({self.tableau!r}, variable={self.variable!r}{extra})"
 
     def table(self, grid: Grid) -> Table:
-        _, nodes, rows, weights = _TABLEAUS[self.name]
+        _, nodes, rows, weights = TABLEAUS[self.tableau]
         t, s = grid.t, grid.s
         xp = namespace(t)
-        step = difference(t, s)
-        last = s.sigma == 0
-        one, zero = xp.ones_like(step), xp.zeros_like(step)
-        levels = tuple(_between(grid, c, _lowered(last, t.time)) for c in nodes)
-        reads = xp.stack([stack(*velocity_reading(grid, level)) for level in (t, *levels)], axis=1)
-        stages = tuple(stack(one, *(xp.where(last, 0.0, a) * step for a in row)) for row in rows)
-        # the last step reads the clean estimate itself
+        ends = [variable(self.variable, level) for level in (t, s)]
+        regular = xp.isfinite(ends[0]) & xp.isfinite(ends[1]) & (s.sigma != 0)
+        if self.prediction == "noise":
+            regular = regular & (t.alpha != 0)
+        start = xp.where(regular, ends[0], 0.0)
+        step = xp.where(regular, ends[1], 0.0) - start
+        levels = tuple(self._level(grid, start + c * step, regular & (step != 0)) for c in nodes)
+        units = [unit(self.prediction, level) for level in (t, *levels, s)]
+        safe = xp.where(units[0] == 0, 1.0, units[0])
+        stages = tuple(
+            stack(psi / safe, *(psi * xp.where(regular, a, 0.0) * step for a in row))
+            for psi, row in zip(units[1:-1], rows, strict=True)
+        )
+        reads = [self._slope(grid, level, regular) for level in (t, *levels)]
+        # a step that is not regular reads the clean estimate itself
         keep, weight = exponential(t, s)
-        reads = xp.where(last[:, None, None], stack(zero, one)[:, None], reads)
-        out = [xp.where(last, keep, one), xp.where(last, weight, weights[0] * step)]
-        out += [xp.where(last, zero, b * step) for b in weights[1:]]
-        return Table(stack(*out), stages, levels, reads)
+        out = [xp.where(regular, units[-1] / safe, keep), xp.where(regular, weights[0] * units[-1] * step, weight)]
+        out += [xp.where(regular, b * units[-1] * step, 0.0) for b in weights[1:]]
+        return Table(stack(*out), stages, levels, xp.stack(reads, axis=1))
 
+    def _level(self, grid: Grid, at: Array, moves: Array) -> Level:
+        """The level at a value of the variable; t where the step has no inside."""
+        t = grid.t
+        xp = namespace(t)
+        trailing = t.alpha.ndim - t.time.ndim
+        at = at.reshape(t.time.shape)
+        if self.variable == "time":
+            level = grid.process.level(xp.where(moves.reshape(at.shape), at, t.time), trailing=trailing)
+        else:
+            positive = self.variable == "noise_to_signal"
+            safe = xp.where(moves.reshape(at.shape), at, 1.0)
+            level = grid.process.level(half_log_snr=-xp.log(safe) if positive else safe, trailing=trailing)
+        return Level(*(xp.where(moves.reshape(b.shape), a, b) for a, b in zip(level, t, strict=True)))
 
-def _between(grid: Grid, fraction: float, last: Array) -> Level:
-    """The level a fraction of the way through every step, in time; that of the start where the step is the last."""
-    xp = namespace(grid.t)
-    time = xp.where(last, grid.t.time, grid.t.time + fraction * (grid.s.time - grid.t.time))
-    return grid.process.level(time, trailing=grid.t.alpha.ndim - grid.t.time.ndim)
+    def _slope(self, grid: Grid, level: Level, regular: Array) -> Array:
+        """The reading ``v dm/du`` at a level; the clean estimate where the step is not regular."""
+        xp = namespace(level)
+        p, q = reading(self.prediction, grid, level)
+        factor = self._factor(grid, level, regular)
+        return stack(xp.where(regular, factor * p, 0.0), xp.where(regular, factor * q, 1.0))
+
+    def _factor(self, grid: Grid, level: Level, regular: Array) -> Array:
+        """dm/du."""
+        xp = namespace(level)
+        if (self.prediction, self.variable) in (("velocity", "time"), ("noise", "noise_to_signal")):
+            return xp.ones_like(level.alpha)
+        alpha, sigma = (xp.where(regular & (a != 0), a, 1.0) for a in (level.alpha, level.sigma))
+        ratio = sigma / alpha
+        alpha_rate, sigma_rate = (xp.where(regular, r, 1.0) for r in rates(grid, level))
+        speed = alpha_rate / alpha - sigma_rate / sigma  # of the half-log-SNR in time
+        speed = xp.where(regular, speed, 1.0)
+        by_half_log_snr = {"data": 1 / ratio, "noise": -ratio, "velocity": 1 / speed}
+        of_half_log_snr = {"time": speed, "half_log_snr": 1.0, "noise_to_signal": -1 / ratio}
+        return by_half_log_snr[self.prediction] * of_half_log_snr[self.variable]
 
 
 def euler_maruyama(eta: Array = 1.0) -> Linear:
