@@ -52,7 +52,7 @@ else:
 grid = diffjax.grids.uniform(process, steps=20)
 denoise = prediction.decode(model.apply, model.params, condition=np.int32(3))
 three = diffjax.sample(
-    jax.random.key(0), denoise, diffjax.solvers.dpmpp(), grid, shape=(8, 8, 1), save=("states", "x0")
+    jax.random.key(3), denoise, diffjax.solvers.dpmpp(), grid, shape=(8, 8, 1), save=("states", "x0")
 )
 print(f"{int(three.nfe)} network evaluations, non-finite at step {int(three.failed_at)} (-1: never)")
 
