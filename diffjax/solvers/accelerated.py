@@ -19,7 +19,7 @@ def accelerated_ddim() -> Linear:
 
     which is the paper's update with its powers of ``beta`` exact in u, so that it holds for every process.  The first
     step, and one after a gap or after alpha = 0, is without the correction.  Order 2, two calls, once a step changes u
-    by a small part of itself: the steps are Euler's in u, so near pure noise (alpha = 0) few of them are worse than DDIM.
+    by a small part of itself: the steps are Euler's in u, so near pure noise few of them are worse than DDIM.
     Accelerating Convergence of Score-Based Diffusion Models, Provably, arXiv:2403.03852, section 3.1.
     """
     return Linear(AcceleratedDDIM(), order=2, calls=2)
