@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 
 import diffjax
+from diffjax.catalogue import catalogue
 from diffjax.levels import Grid, Info, Level, Row, Solver, Tree, namespace, static, value
 
 
 def public(names: Sequence[str] = ()) -> dict[str, Solver]:
-    """The solvers of ``diffjax.solvers.__all__`` (or the named ones) that their factories build with defaults.
+    """The solvers of ``diffjax.solvers`` (or the named ones) that their factories build with defaults.
 
     Raises ValueError for a name that is no public solver, or is one that has no defaults.
     """
-    known = diffjax.solvers.__all__
+    known = list(catalogue(diffjax.solvers))
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise ValueError(f"solvers {unknown} are not public; there are {known}.")
@@ -37,6 +38,26 @@ def public(names: Sequence[str] = ()) -> dict[str, Solver]:
 def family(name: str) -> str:
     """The file that a public solver comes from."""
     return getattr(diffjax.solvers, name).__module__.rsplit(".", 1)[-1]
+
+
+def grids(solver: Solver, spacing: Callable[[int], Grid], nfe: Sequence[int], least: int = 2) -> dict[int, Grid]:
+    """For each number of network evaluations the longest grid that a solver walks within it, if it has ``least`` steps.
+
+    ``spacing(steps)`` makes a grid.  A step may take several evaluations, and a plan more rows than the grid has steps.
+    """
+    found = {}
+    for budget in nfe:
+        for steps in range(budget // solver.calls, least - 1, -1):
+            grid = spacing(steps)
+            if evaluations(solver, grid) <= budget:
+                found[budget] = grid
+                break
+    return found
+
+
+def evaluations(solver: Solver, grid: Grid) -> int:
+    """Network evaluations of one sample."""
+    return solver.calls * len(solver.plan(grid).t.time)
 
 
 def padded(solver: Solver, rows: int) -> Padded:

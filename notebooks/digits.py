@@ -74,9 +74,8 @@ plt.show()
 # %% [markdown]
 # ## Solvers
 #
-# Every column starts from the same noise. Three steps leave strokes unfinished, fewer of them with the second-order
-# solver; with many steps all deterministic solvers agree, because they follow the same flow. The stochastic one goes
-# elsewhere.
+# Every column starts from the same noise. Three steps already give digits, a little soft; with many steps all
+# deterministic solvers agree, because they follow the same flow. The stochastic one goes elsewhere.
 
 # %%
 labels = np.arange(10)

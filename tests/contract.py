@@ -18,6 +18,7 @@ import numpy as np
 from scipy.integrate import solve_ivp
 
 from diffjax import grids, modifiers, processes, solvers
+from diffjax.catalogue import catalogue
 from diffjax.levels import Grid, Level, Row, Solver, namespace
 
 # --- which solvers ------------------------------------------------------------------------------------------------
@@ -49,12 +50,12 @@ class Case(NamedTuple):
 
 def found(modified: bool = True) -> Iterator[Case]:
     """Every public solver with its defaults and variants, and every public modifier around a few."""
-    for name in solvers.__all__:
+    for name in catalogue(solvers):
         factory = getattr(solvers, name)
         for settings in [{}, *variants(name, factory)]:
             shown = ", ".join(f"{k}={v}" for k, v in settings.items())
             yield Case(f"{name}({shown})", functools.partial(factory, **settings))
-    for name in modifiers.__all__ if modified else ():
+    for name in catalogue(modifiers) if modified else ():
         modifier = functools.partial(getattr(modifiers, name), **MODIFIED.get(name, {}))
         for base in BASES:
             try:

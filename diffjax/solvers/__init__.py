@@ -1,72 +1,49 @@
-"""Solvers: `ls` of this folder is the list of families, `__all__` the list of methods."""
+"""Solvers: `ls` of this folder is the list of families, the lines below are the list of methods."""
 
-from diffjax.solvers.accelerated import accelerated_ddim
-from diffjax.solvers.accelerated_ddpm import accelerated_ddpm
-from diffjax.solvers.adams import adams, res, rosenbrock
-from diffjax.solvers.ancestral import dpm2_ancestral, dpmpp_2s_ancestral, dpmpp_sde, euler_ancestral
-from diffjax.solvers.conjugate import conjugate
-from diffjax.solvers.cps import flow_cps
-from diffjax.solvers.ddim import ancestral, ddim
-from diffjax.solvers.deis import deis, rho_rk
-from diffjax.solvers.directions import adjusted_ddim, lml
-from diffjax.solvers.dpm import dpm_solver, dpmpp
-from diffjax.solvers.embedded import bogacki_shampine, dpm_pair, gotta_go_fast, heun_pair
-from diffjax.solvers.er_sde import er_sde
-from diffjax.solvers.exponential_runge_kutta import etdrk
-from diffjax.solvers.langevin import annealed_langevin
-from diffjax.solvers.pndm import gradient_estimation, ipndm, ipndm_v, pndm
-from diffjax.solvers.reverse_sde import generalised_sde, heun_sde, ito, reverse_diffusion
-from diffjax.solvers.runge_kutta import euler, euler_maruyama, heun, kutta3, midpoint, ralston, rk4, runge_kutta
-from diffjax.solvers.seeds import seeds
-from diffjax.solvers.stochastic_adams import sa_solver, sde_dpmpp
-from diffjax.solvers.unipc import unip, unipc
-
-__all__ = [
-    "accelerated_ddim",
-    "accelerated_ddpm",
-    "adams",
-    "adjusted_ddim",
-    "ancestral",
-    "annealed_langevin",
-    "bogacki_shampine",
-    "conjugate",
-    "ddim",
-    "deis",
-    "dpm2_ancestral",
-    "dpm_pair",
-    "dpm_solver",
-    "dpmpp",
-    "dpmpp_2s_ancestral",
-    "dpmpp_sde",
-    "er_sde",
-    "etdrk",
-    "euler",
-    "euler_ancestral",
-    "euler_maruyama",
-    "flow_cps",
-    "generalised_sde",
-    "gotta_go_fast",
-    "gradient_estimation",
-    "heun",
-    "heun_pair",
-    "heun_sde",
-    "ipndm",
-    "ipndm_v",
-    "ito",
-    "kutta3",
-    "lml",
-    "midpoint",
-    "pndm",
-    "ralston",
-    "res",
-    "reverse_diffusion",
-    "rho_rk",
-    "rk4",
-    "rosenbrock",
-    "runge_kutta",
-    "sa_solver",
-    "sde_dpmpp",
-    "seeds",
-    "unip",
-    "unipc",
-]
+from diffjax.solvers.accelerated import accelerated_ddim as accelerated_ddim
+from diffjax.solvers.accelerated_ddpm import accelerated_ddpm as accelerated_ddpm
+from diffjax.solvers.adams import adams as adams
+from diffjax.solvers.adams import res as res
+from diffjax.solvers.adams import rosenbrock as rosenbrock
+from diffjax.solvers.ancestral import dpm2_ancestral as dpm2_ancestral
+from diffjax.solvers.ancestral import dpmpp_2s_ancestral as dpmpp_2s_ancestral
+from diffjax.solvers.ancestral import dpmpp_sde as dpmpp_sde
+from diffjax.solvers.ancestral import euler_ancestral as euler_ancestral
+from diffjax.solvers.conjugate import conjugate as conjugate
+from diffjax.solvers.cps import flow_cps as flow_cps
+from diffjax.solvers.ddim import ancestral as ancestral
+from diffjax.solvers.ddim import ddim as ddim
+from diffjax.solvers.deis import deis as deis
+from diffjax.solvers.deis import rho_rk as rho_rk
+from diffjax.solvers.directions import adjusted_ddim as adjusted_ddim
+from diffjax.solvers.directions import lml as lml
+from diffjax.solvers.dpm import dpm_solver as dpm_solver
+from diffjax.solvers.dpm import dpmpp as dpmpp
+from diffjax.solvers.embedded import bogacki_shampine as bogacki_shampine
+from diffjax.solvers.embedded import dpm_pair as dpm_pair
+from diffjax.solvers.embedded import gotta_go_fast as gotta_go_fast
+from diffjax.solvers.embedded import heun_pair as heun_pair
+from diffjax.solvers.er_sde import er_sde as er_sde
+from diffjax.solvers.exponential_runge_kutta import etdrk as etdrk
+from diffjax.solvers.langevin import annealed_langevin as annealed_langevin
+from diffjax.solvers.pndm import gradient_estimation as gradient_estimation
+from diffjax.solvers.pndm import ipndm as ipndm
+from diffjax.solvers.pndm import ipndm_v as ipndm_v
+from diffjax.solvers.pndm import pndm as pndm
+from diffjax.solvers.reverse_sde import generalised_sde as generalised_sde
+from diffjax.solvers.reverse_sde import heun_sde as heun_sde
+from diffjax.solvers.reverse_sde import ito as ito
+from diffjax.solvers.reverse_sde import reverse_diffusion as reverse_diffusion
+from diffjax.solvers.runge_kutta import euler as euler
+from diffjax.solvers.runge_kutta import euler_maruyama as euler_maruyama
+from diffjax.solvers.runge_kutta import heun as heun
+from diffjax.solvers.runge_kutta import kutta3 as kutta3
+from diffjax.solvers.runge_kutta import midpoint as midpoint
+from diffjax.solvers.runge_kutta import ralston as ralston
+from diffjax.solvers.runge_kutta import rk4 as rk4
+from diffjax.solvers.runge_kutta import runge_kutta as runge_kutta
+from diffjax.solvers.seeds import seeds as seeds
+from diffjax.solvers.stochastic_adams import sa_solver as sa_solver
+from diffjax.solvers.stochastic_adams import sde_dpmpp as sde_dpmpp
+from diffjax.solvers.unipc import unip as unip
+from diffjax.solvers.unipc import unipc as unipc

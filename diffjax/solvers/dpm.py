@@ -41,7 +41,7 @@ def dpmpp(
         start: of 3M: "corrected", or "plain" as published, which limits the order to 2.
 
     DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models, arXiv:2211.01095, algorithms 1
-    and 2 and appendix B.  For a process that reverts to a mean mu it is, on x - mu, the ODE sampler of
+    and 2 and appendix B.  On x - mu it is the ODE sampler of processes that revert to a mean mu.
     MRS: A Fast Sampler for Mean Reverting Diffusion based on ODE and SDE Solvers, arXiv:2502.07856.
 
     Raises ValueError for arguments out of these ranges.
