@@ -59,7 +59,7 @@ def curves(axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float
     axes.minorticks_off()
     low, high = axes.get_ylim()
     if high < 100 * low:  # powers of ten alone would leave the axis bare
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter("{x:g}")
     order = sorted(lines, key=lambda name: -np.nan_to_num(lines[name][1][-1], nan=np.inf))
     columns = -(-len(order) // 24)

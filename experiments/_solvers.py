@@ -40,6 +40,26 @@ def family(name: str) -> str:
     return getattr(diffjax.solvers, name).__module__.rsplit(".", 1)[-1]
 
 
+def grids(solver: Solver, spacing: Callable[[int], Grid], nfe: Sequence[int], least: int = 2) -> dict[int, Grid]:
+    """For each number of network evaluations the longest grid that a solver walks within it, if it has ``least`` steps.
+
+    ``spacing(steps)`` makes a grid.  A step may take several evaluations, and a plan more rows than the grid has steps.
+    """
+    found = {}
+    for budget in nfe:
+        for steps in range(budget // solver.calls, least - 1, -1):
+            grid = spacing(steps)
+            if evaluations(solver, grid) <= budget:
+                found[budget] = grid
+                break
+    return found
+
+
+def evaluations(solver: Solver, grid: Grid) -> int:
+    """Network evaluations of one sample."""
+    return solver.calls * len(solver.plan(grid).t.time)
+
+
 def padded(solver: Solver, rows: int) -> Padded:
     """``solver`` with plans of always ``rows`` rows, of which those past its own do nothing.
 

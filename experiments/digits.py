@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import diffjax
 from diffjax import data, metrics, networks, training
-from diffjax.levels import Array, Sample, Solver
+from diffjax.levels import Array, Grid, Sample, Solver
 from experiments import _classifier, _plots, _solvers
 
 CLASSES, IMAGE = 10, (8, 8, 1)
@@ -75,7 +75,7 @@ class Options:
     solvers: tuple[str, ...] = ()
     """Public solvers in solvers.png; none named: all that run with their defaults, as far as the time goes."""
     nfe: tuple[int, ...] = (4, 8, 16, 32)
-    """Network evaluations per sample in solvers.png."""
+    """Network evaluations per sample in solvers.png, at most."""
     solver_seconds: float = 60.0
     """Time for solvers.png; solvers that are not reached are left out, each family's first ones are first."""
     seed: int = 0
@@ -200,10 +200,9 @@ def denoiser(model: Model, label: Array, scale: float = 1.0) -> Any:
 
 
 def generate(
-    model: Model, solver: Solver, steps: int, labels: np.ndarray, key: Array, scale: float = 1.0, **options: Any
+    model: Model, solver: Solver, grid: Grid, labels: np.ndarray, key: Array, scale: float = 1.0, **options: Any
 ) -> Sample:
     """One sample of each label, divided among the devices; every sample has a key of its own."""
-    grid = diffjax.grids.uniform(PROCESS, steps)
     devices = training.data_mesh()
     count = -(-len(labels) // devices.size) * devices.size  # a multiple: the last label is repeated
     index = np.minimum(np.arange(count), len(labels) - 1)
@@ -231,13 +230,13 @@ def solver_curves(options: Options, model: Model, judge: Judge, key: Array) -> d
     for name in tqdm(order, desc="solvers", unit="solver", dynamic_ncols=True):
         if curves and not options.solvers and time.perf_counter() - begin > options.solver_seconds:
             break
-        calls = solvers[name].calls
-        steps = [nfe // calls for nfe in options.nfe if nfe // calls >= 2]
-        rows = [len(solvers[name].plan(diffjax.grids.uniform(PROCESS, n)).t.time) for n in steps]
-        padded = _solvers.padded(solvers[name], max(rows, default=1))  # one program for all numbers of steps
-        drawn = [images_of(generate(model, padded, n, labels, key)) for n in steps]
+        solver = solvers[name]
+        grids = _solvers.grids(solver, lambda steps: diffjax.grids.uniform(PROCESS, steps), options.nfe)
+        nfe = [_solvers.evaluations(solver, grid) for grid in grids.values()]
+        program = _solvers.padded(solver, max(nfe, default=1) // solver.calls)  # one for all numbers of steps
+        drawn = [images_of(generate(model, program, grid, labels, key)) for grid in grids.values()]
         distances = [judge(images, labels)["frechet_distance"] for images in drawn]
-        curves[name] = {"nfe": [calls * n for n in rows], "frechet_distance": distances}
+        curves[name] = {"nfe": nfe, "frechet_distance": distances}
     if len(curves) < len(order):
         print(f"solvers.png shows {len(curves)} of {len(order)} solvers; --solver-seconds or --solvers for others")
     return curves
@@ -286,7 +285,8 @@ def plot_denoising(
 ) -> None:
     """States and clean estimates on the way from noise to digits."""
     solver = _solvers.public((options.solver,))[options.solver]
-    saved = generate(model, solver, options.sampling_steps, np.asarray(labels), key, save=("states", "x0")).saved
+    grid = diffjax.grids.uniform(PROCESS, options.sampling_steps)
+    saved = generate(model, solver, grid, np.asarray(labels), key, save=("states", "x0")).saved
     assert saved.states_level is not None  # it comes with the states
     states, estimates, times = (np.asarray(part) for part in (saved.states, saved.x0, saved.states_level.time))
     # estimate i is made from state i, and the last state, the sample, is its own estimate
@@ -308,7 +308,9 @@ def plot_solvers(options: Options, curves: dict[str, dict[str, list[float]]], fl
     """Quality against network evaluations."""
     with plt.rc_context(_plots.STYLE):
         figure, axes = plt.subplots(figsize=(7.5, max(4.2, 0.19 * min(len(curves), 24))))
-        _plots.curves(axes, {name: (curve["nfe"], curve["frechet_distance"]) for name, curve in curves.items()})
+        _plots.curves(
+            axes, {name: (curve["nfe"], curve["frechet_distance"]) for name, curve in curves.items() if curve["nfe"]}
+        )
         axes.axhline(floor, color="gray", linewidth=1, linestyle="--")
         label = {"color": "gray", "fontsize": 8, "va": "bottom", "ha": "right"}
         axes.text(0.99, floor, "floor: training images", transform=axes.get_yaxis_transform(), **label)
@@ -361,11 +363,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         held_out = Labelled(held_out.images[index], held_out.labels[index])
     with clock("training"):
         model = train(options, splits["train"])
+    grid = diffjax.grids.uniform(PROCESS, options.sampling_steps)
     with clock("sampling"):
-        drawn = {
-            scale: images_of(generate(model, solver, options.sampling_steps, held_out.labels, keys[0], scale))
-            for scale in SCALES
-        }
+        drawn = {scale: images_of(generate(model, solver, grid, held_out.labels, keys[0], scale)) for scale in SCALES}
     with clock("evaluation"):
         classifier = _classifier.train(keys[1], splits["train"], options.classifier_steps, options.batch)
         judge = Judge(classifier, real, held_out, classifier(held_out.images)[1], keys[2])

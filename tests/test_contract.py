@@ -286,7 +286,7 @@ def test_batched_and_differentiated(case, x64):
 
     for k in range(3):
         _, noise_key = jax.random.split(keys[k])
-        noise = lambda i, key=noise_key: normal_noise(key, jnp.int32(i), None, x, solver.draws) if solver.draws else ()
+        noise = lambda i, key=noise_key: normal_noise(key, jnp.int32(i), x, solver.draws) if solver.draws else ()
         alone = run(solver, denoise, jax.tree.map(lambda leaf, k=k: leaf[k], states), rows, noise)[-1]
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(outs), strict=True):
             np.testing.assert_allclose(a, b[k], rtol=1e-10, atol=1e-11)

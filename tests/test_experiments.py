@@ -36,7 +36,8 @@ def test_digits_trains_resumes_and_writes_its_results(tmp_path):
     for picture in ("samples", "denoising", "solvers"):
         assert (folder / f"{picture}.png").stat().st_size > 5000
     model = digits.load(folder)
-    assert np.all(np.isfinite(digits.generate(model, ddim(), 2, np.array([1, 2]), jax.random.key(0)).x))
+    grid = diffjax.grids.uniform(digits.PROCESS, 2)
+    assert np.all(np.isfinite(digits.generate(model, ddim(), grid, np.array([1, 2]), jax.random.key(0)).x))
 
 
 def test_sets_that_match_have_the_labels_and_are_disjoint():
@@ -73,6 +74,12 @@ def test_padded_plans_change_nothing(x64):
         np.testing.assert_allclose(padded.x, plain.x, rtol=1e-12)
     with pytest.raises(ValueError, match="rows must be at least"):
         _solvers.padded(solver, 3).plan(grid)
+
+
+def test_grids_are_as_long_as_the_evaluations_allow():
+    spacing = lambda steps: diffjax.grids.uniform(diffjax.processes.flow(), steps)
+    found = _solvers.grids(diffjax.solvers.heun(), spacing, (3, 4, 9))
+    assert {nfe: len(grid) for nfe, grid in found.items()} == {4: 2, 9: 4}  # two evaluations a step
 
 
 def test_the_exact_flow_is_that_of_a_gaussian(x64):

@@ -188,7 +188,7 @@ def test_refused():
 
 
 def test_repr_is_the_call():
-    assert (
-        repr(modifiers.churned(solvers.heun(), 1.0)) == "churned(heun(), churn=1.0, low=0.0, high=inf, inflation=1.0)"
-    )
-    assert repr(modifiers.renoised(solvers.heun())) == "renoised(heun())"
+    inner = repr(solvers.heun())
+    expected = f"churned({inner}, churn=1.0, low=0.0, high=inf, inflation=1.0)"
+    assert repr(modifiers.churned(solvers.heun(), 1.0)) == expected
+    assert repr(modifiers.renoised(solvers.heun())) == f"renoised({inner})"

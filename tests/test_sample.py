@@ -38,7 +38,7 @@ def python_loop(key, denoise, solver, grid, shape):
     memory, states, estimates = solver.init(x), [x], []
     for i in range(len(rows.t.time)):
         row = jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i], jnp.float32), rows)
-        noise = sequential.normal_noise(noise_key, jnp.int32(i), None, x, solver.draws) if solver.draws else ()
+        noise = sequential.normal_noise(noise_key, jnp.int32(i), x, solver.draws) if solver.draws else ()
         x, memory, info = solver.step(noise, denoise, x, memory, row)
         states.append(x)
         estimates.append(info.x0)
@@ -157,16 +157,16 @@ def test_noise_is_standard_and_independent():
     parts = [
         leaf.reshape(-1)
         for i in range(3)
-        for draw in sequential.normal_noise(KEY, jnp.int32(i), None, x, 2)
+        for draw in sequential.normal_noise(KEY, jnp.int32(i), x, 2)
         for leaf in jax.tree.leaves(draw)
     ]
     table = np.corrcoef(np.stack(parts))
     assert len(parts) == 12 and np.max(np.abs(table - np.eye(12))) < 0.12
     assert abs(np.std(parts) - 1) < 0.03 and abs(np.mean(parts)) < 0.03
     keys = jax.random.split(KEY, 4)
-    batched = jax.vmap(lambda key: sequential.normal_noise(key, jnp.int32(3), None, jnp.zeros(5), 1)[0])(keys)
+    batched = jax.vmap(lambda key: sequential.normal_noise(key, jnp.int32(3), jnp.zeros(5), 1)[0])(keys)
     for k in range(4):
-        alone = sequential.normal_noise(keys[k], jnp.int32(3), None, jnp.zeros(5), 1)[0]
+        alone = sequential.normal_noise(keys[k], jnp.int32(3), jnp.zeros(5), 1)[0]
         np.testing.assert_array_equal(batched[k], alone)
 
 

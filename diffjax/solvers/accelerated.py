@@ -18,7 +18,8 @@ def accelerated_ddim() -> Linear:
         y_s = y_t + (u_s - u_t) g_t / 2 + (u_s - u_t)^2 / (4 (u_w - u_t)) (g_w - g_t),
 
     which is the paper's update with its powers of ``beta`` exact in u, so that it holds for every process.  The first
-    step, and one after a gap or after alpha = 0, is without the correction.  Order 2, two calls.
+    step, and one after a gap or after alpha = 0, is without the correction.  Order 2, two calls, once a step changes u
+    by a small part of itself: the steps are Euler's in u, so near pure noise few of them are worse than DDIM.
     Accelerating Convergence of Score-Based Diffusion Models, Provably, arXiv:2403.03852, section 3.1.
     """
     return Linear(AcceleratedDDIM(), order=2, calls=2)
