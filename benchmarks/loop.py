@@ -10,11 +10,11 @@ import json
 
 import jax
 import jax.numpy as jnp
-from diffjax.networks import MLP, UNet, count, functional, label
 from flax import nnx
 
 import diffjax
 from benchmarks.timing import interleaved, save
+from diffjax.networks import MLP, UNet, count, functional, label
 
 STEPS = 100
 PROCESS = diffjax.processes.flow()
