@@ -29,9 +29,9 @@ import tyro
 from matplotlib.axes import Axes
 
 import diffjax
-from diffjax.levels import Array, Grid, Process, Solver
-from diffjax.oracles.mixture import Mixture
+from diffjax.levels import Solver
 from experiments import _plots, _solvers
+from experiments._problems import data, distance, exact_flow, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,43 +64,6 @@ class Curve(NamedTuple):
     errors: dict[int, float]
 
 
-def data() -> Mixture:
-    """Three correlated components of unequal weight: no symmetry that could hide an error."""
-    covariances = [[[0.10, 0.07], [0.07, 0.08]], [[0.04, -0.03], [-0.03, 0.12]], [[0.15, 0.0], [0.0, 0.02]]]
-    return diffjax.oracles.mixture([0.5, 0.3, 0.2], [[-1.0, -0.6], [0.9, 0.8], [0.6, -1.1]], covariances)
-
-
-def exact_flow(denoise: Mixture, process: Process, grid: Grid, x: Array, steps: int = 4096) -> Array:
-    """The probability flow from the grid's first to its last level, for starts (N, D); for the last level in float64.
-
-    With u = alpha / sigma the flow is ``d(x / sigma) / du = x0(x, u)``, regular from u = 0 on.  Runge-Kutta of order
-    four in log(1 + u); where the grid ends at sigma = 0, the flow ends at sigma = 1e-6 alpha with one clean estimate.
-    """
-    to_data = bool(grid.s.sigma[-1] == 0)
-    first = np.exp(grid.start.half_log_snr)
-    last = 1e6 if to_data else np.exp(grid.s.half_log_snr[-1])
-    w = np.linspace(np.log1p(first), np.log1p(last), steps + 1)
-
-    def slope(y: Array, w: Array) -> Array:
-        level = process.level(half_log_snr=jnp.log(jnp.expm1(w)))
-        return jnp.exp(w) * denoise(level.sigma * y, level)
-
-    def step(y: Array, ends: tuple[Array, Array]) -> tuple[Array, None]:
-        w, h = ends[0], ends[1] - ends[0]
-        a = slope(y, w)
-        b = slope(y + 0.5 * h * a, w + 0.5 * h)
-        c = slope(y + 0.5 * h * b, w + 0.5 * h)
-        d = slope(y + h * c, w + h)
-        return y + h / 6 * (a + 2 * b + 2 * c + d), None
-
-    def one(x: Array) -> Array:
-        y, _ = jax.lax.scan(step, x / grid.start.sigma, (jnp.asarray(w[:-1]), jnp.asarray(w[1:])))
-        level = process.level(half_log_snr=np.log(last))
-        return denoise(level.sigma * y, level) if to_data else level.sigma * y
-
-    return jax.jit(jax.vmap(one))(x)
-
-
 def measure(options: Options, deterministic: bool) -> tuple[dict[str, Curve], float]:
     """The curves of the deterministic or of the stochastic solvers, and the floor of their errors."""
     denoise, process = data(), getattr(diffjax.processes, options.process)()
@@ -129,17 +92,6 @@ def measure(options: Options, deterministic: bool) -> tuple[dict[str, Curve], fl
             found = {budget: run(keys[4], denoise, program, grid, x) for budget, grid in grids.items()}
             curves[name] = Curve(solver, nfe, {budget: error(np.asarray(x)) for budget, x in found.items()})
     return curves, floor
-
-
-def distance(key: Array, samples: np.ndarray, reference: np.ndarray) -> float:
-    """Sliced 1-Wasserstein distance: the chance numbers of the components weigh less in it than in its square."""
-    return diffjax.metrics.sliced_wasserstein(key, samples, reference, projections=64, order=1)
-
-
-def run(key: Array, denoise: Mixture, solver: Solver, grid: Grid, x: Array) -> Array:
-    """The solver from every start (N, D)."""
-    keys = jax.random.split(key, len(x))
-    return jax.vmap(lambda key, x: diffjax.sample(key, denoise, solver, grid, x=x).x)(keys, x)
 
 
 def write_table(options: Options, curves: dict[str, Curve]) -> str:

@@ -1,0 +1,291 @@
+"""The deterministic samplers of diffusers, k-diffusion and azula against the same ones of diffjax: docs/peers.md.
+
+The peers' results come from tests/data/peers.json (see `benchmarks/peers/parity.py`): the same exact denoiser, the same
+levels, the same start.  diffjax runs in float32.  `python -m benchmarks.parity`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import diffjax
+from benchmarks.problem import COVARIANCES, MEANS, WEIGHTS
+from benchmarks.timing import save
+from diffjax import solvers
+from diffjax.levels import Array, Grid, Process, Solver
+from experiments._problems import exact_flow, run
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data" / "peers.json"
+PAGE = ROOT / "docs" / "peers.md"
+TOLERANCE = 1e-4
+
+
+class Match(NamedTuple):
+    """The solver of diffjax that a peer's sampler is, the process it runs on, and how it divides the levels."""
+
+    solver: Callable[[], Solver]
+    process: str = "edm"
+    divide: Callable[[int], list[tuple[Solver, slice]]] | None = None  # parts of the walk, each with its solver
+
+
+class Found(NamedTuple):
+    """What is measured of one peer's sampler at one number of steps."""
+
+    name: str
+    steps: int
+    solver: str
+    difference: float  # largest distance of two end states, relative to the states' root-mean-square size
+    peer_error: float  # the same from the exact flow
+    our_error: float
+
+
+def singlestep(make: Callable[..., Solver], order: int, form: str) -> Callable[[int], list[tuple[Solver, slice]]]:
+    """Steps over ``order`` levels each, and a last one of lower order over what is left."""
+
+    def divide(count: int) -> list[tuple[Solver, slice]]:
+        rest = count % order
+        last = count - rest
+        parts = [(make(order=order, form=form, singlestep=True), slice(0, last + 1, order))]
+        if rest:
+            parts.append((make(order=rest, form=form, singlestep=True), slice(last, count + 1, rest)))
+        return parts
+
+    return divide
+
+
+def fast(count: int) -> list[tuple[Solver, slice]]:
+    """DPM-Solver-fast for ``count`` calls: third-order steps, and lower ones at the end; slices are of its own levels."""
+    whole = count // 3 + 1
+    third = whole - 2 if count % 3 == 0 else whole - 1
+    orders = [2, 1] if count % 3 == 0 else [count % 3]
+    parts = [(solvers.dpm_solver(3), slice(0, third + 1))]
+    return parts + [(solvers.dpm_solver(k), slice(third + i, third + i + 2)) for i, k in enumerate(orders)]
+
+
+def matches() -> dict[str, Match]:
+    """By the peer's name."""
+    plain = "plain"
+    lms = lambda order: solvers.adams(order, start=plain, lower_last=False)
+    data = lambda order, start=plain: solvers.adams(order, "data", "half_log_snr", start=start)
+    noise = lambda order: solvers.adams(order, "noise", "half_log_snr", start=plain)
+    found = {
+        "diffusers DDIM": Match(solvers.ddim, "ddpm"),
+        "diffusers PNDM": Match(lambda: solvers.pndm(lower_last=False), "ddpm"),
+        "diffusers PNDM without Runge-Kutta steps": Match(lambda: solvers.ipndm(lower_last=False), "ddpm"),
+        "diffusers Euler": Match(solvers.euler),
+        "diffusers LMS 4": Match(lambda: lms(4)),
+        "diffusers Heun": Match(solvers.heun),
+        "diffusers KDPM2": Match(solvers.dpm_solver),
+        "diffusers EDMEuler": Match(solvers.euler),
+        "diffusers DPMSolverMultistep dpmsolver++ 2 to 0": Match(solvers.dpmpp, "vp"),
+        "diffusers FlowMatchEuler": Match(solvers.euler, "flow"),
+        "diffusers FlowMatchHeun": Match(solvers.heun, "flow"),
+        "k-diffusion euler": Match(solvers.euler),
+        "k-diffusion euler_ancestral, eta 0": Match(lambda: solvers.euler_ancestral(eta=0.0)),
+        "k-diffusion heun": Match(solvers.heun),
+        "k-diffusion dpm_2": Match(solvers.dpm_solver),
+        "k-diffusion dpm_2_ancestral, eta 0": Match(lambda: solvers.dpm2_ancestral(eta=0.0)),
+        "k-diffusion lms 2": Match(lambda: lms(2)),
+        "k-diffusion lms 4": Match(lambda: lms(4)),
+        "k-diffusion dpmpp_2s_ancestral, eta 0": Match(lambda: solvers.dpmpp_2s_ancestral(eta=0.0)),
+        "k-diffusion dpmpp_sde, eta 0": Match(lambda: solvers.dpmpp_sde(eta=0.0)),
+        "k-diffusion dpmpp_2m": Match(solvers.dpmpp),
+        "k-diffusion dpmpp_2m_sde midpoint, eta 0": Match(lambda: solvers.sde_dpmpp(eta=0.0)),
+        "k-diffusion dpmpp_2m_sde heun, eta 0": Match(lambda: solvers.sde_dpmpp(eta=0.0, form="heun")),
+        "k-diffusion dpmpp_3m_sde, eta 0": Match(lambda: solvers.dpmpp(3, start=plain)),
+        "k-diffusion dpm_fast": Match(solvers.dpm_solver, divide=fast),
+        "azula DDIM": Match(solvers.ddim, "vp"),
+        "azula Euler": Match(lambda: solvers.euler("noise_to_signal"), "vp"),
+        "azula Heun": Match(lambda: solvers.heun("noise_to_signal"), "vp"),
+        "azula Ito, eta 0": Match(lambda: solvers.ito(eta=0.0), "vp"),
+    }
+    for order in (2, 3):
+        for form in ("midpoint", "heun"):
+            for kind, make in (("dpmsolver", solvers.dpm_solver), ("dpmsolver++", solvers.dpmpp)):
+                multistep = lambda make=make, o=order, f=form: make(o, f, singlestep=False, start=plain)
+                whole = lambda make=make, o=order, f=form: make(o, f, singlestep=True)
+                found[f"diffusers DPMSolverMultistep {kind} {order} {form}"] = Match(multistep, "vp")
+                divide = singlestep(make, order, form)
+                found[f"diffusers DPMSolverSinglestep {kind} {order} {form}"] = Match(whole, "vp", divide)
+            edm = lambda o=order, f=form: solvers.dpmpp(o, f, start=plain)
+            found[f"diffusers EDMDPMSolverMultistep {order} {form}"] = Match(edm)
+        found[f"diffusers DEIS {order}"] = Match(lambda o=order: noise(o), "vp")
+        sa = lambda o=order: solvers.sa_solver(o, o, tau=0.0, form="rescaled" if o == 2 else "exact")
+        found[f"diffusers SASolver {order}, no noise"] = Match(sa, "vp")
+        found |= {
+            f"azula zAB {order}": Match(lambda o=order: lms(o), "vp"),
+            f"azula vAB {order}": Match(lambda o=order: solvers.adams(o, "velocity", "time", start=plain), "flow"),
+            f"azula zEAB {order}": Match(lambda o=order: noise(o), "vp"),
+            f"azula xEAB {order}": Match(lambda o=order: data(o), "vp"),
+            f"azula REAB {order}": Match(lambda o=order: solvers.rosenbrock(o, 1.0, start=plain), "vp"),
+        }
+    for variant, ours in (("bh1", "B1"), ("bh2", "B2")):
+        for order in (1, 2, 3):
+            unipc = lambda o=order, v=ours: solvers.unipc(o, v, start=plain)
+            found[f"diffusers UniPC {order} {variant}"] = Match(unipc, "vp")
+        of_noise = lambda v=ours: solvers.unipc(2, v, "noise", start=plain)
+        found[f"diffusers UniPC 2 {variant} noise"] = Match(of_noise, "vp")
+    return found
+
+
+_HALVED = (
+    "the peer gives the second derivative half its weight (D2, a halved second difference, meets the weight of a whole"
+    " one), so that it is of second order; diffjax integrates the parabola through the three readings"
+)
+_STAGE = (
+    "the stage at 2/3 is the peer's own two-stage step in midpoint form, in the paper the exact integral of a line; both"
+    " are of third order"
+)
+_PSI = "the integral is multiplied by sqrt(alpha_s^2 + sigma_t^2) where the formula has sigma_s"
+# Where the two differ by more than TOLERANCE: why.
+DEVIATIONS: dict[str, str] = {
+    **{
+        f"diffusers DPMSolverMultistep {kind} 3 {form}": _HALVED
+        for kind in ("dpmsolver", "dpmsolver++")
+        for form in ("midpoint", "heun")
+    },
+    **{f"diffusers EDMDPMSolverMultistep 3 {form}": _HALVED for form in ("midpoint", "heun")},
+    "k-diffusion dpmpp_3m_sde, eta 0": _HALVED,
+    **{f"diffusers DPMSolverSinglestep {kind} 3 midpoint": _STAGE for kind in ("dpmsolver", "dpmsolver++")},
+    **{f"azula REAB {order}": _PSI for order in (2, 3)},
+}
+
+
+def process_of(name: str, ratio: np.ndarray) -> Process:
+    """The process, as long as the levels need it."""
+    if name == "edm":
+        return diffjax.processes.edm(float(ratio[0]))
+    return {"vp": diffjax.processes.vp, "ddpm": diffjax.processes.ddpm, "flow": diffjax.processes.flow}[name]()
+
+
+def levels(process: Process, ratio: np.ndarray) -> Grid:
+    """The grid through levels of sigma / alpha."""
+    inside = (ratio > 0) & np.isfinite(ratio)
+    at = process.level(half_log_snr=-np.log(np.where(inside, ratio, 1.0))).time
+    times = np.where(inside, at, np.where(ratio == 0, 0.0, process.end))
+    return diffjax.grids.times(process, np.minimum(times, process.end))
+
+
+def walk(match: Match, grid: Grid, ratio: np.ndarray, steps: int, x: Array) -> Array:
+    """diffjax on the peer's levels, in float32."""
+    denoise = diffjax.oracles.mixture(WEIGHTS, MEANS, COVARIANCES)
+    parts = [(match.solver(), grid)]
+    if match.divide is not None:
+        own = np.geomspace(ratio[0], ratio[-1], steps // 3 + 2) if len(ratio) == 2 else ratio
+        parts = [(solver, levels(grid.process, own[part])) for solver, part in match.divide(steps)]
+    for solver, part in parts:
+        x = _run(jax.random.key(0), denoise, solver, part, x)
+    return x
+
+
+_run = jax.jit(run)
+
+
+def compare(only: tuple[str, ...] = (), steps: tuple[int, ...] = ()) -> Iterator[Found]:
+    """The comparisons, of some samplers and at some numbers of steps (default: all)."""
+    recorded = json.loads(DATA.read_text())
+    start = np.asarray(recorded["start"]).reshape(-1, 2)
+    with jax.enable_x64(True):
+        exact = diffjax.oracles.mixture(WEIGHTS, MEANS, COVARIANCES)
+    flows = {}
+    for name, match in matches().items():
+        for count, record in recorded["cases"][name].items():
+            if (only and name not in only) or (steps and int(count) not in steps):
+                continue
+            alpha, sigma = (np.asarray(recorded["grids"][record["grid"]][part]) for part in ("alpha", "sigma"))
+            ratio = diffjax.levels.ratio(sigma, alpha)
+            process = process_of(match.process, ratio)
+            grid = levels(process, ratio)
+            # at the same sigma / alpha the states of two processes differ by a factor
+            there = np.hypot(grid.start.alpha, grid.start.sigma) / np.hypot(alpha[0], sigma[0])
+            here = np.hypot(grid.s.alpha[-1], grid.s.sigma[-1]) / np.hypot(alpha[-1], sigma[-1])
+            x, end = there * start * sigma[0], here * np.asarray(record["end"]).reshape(-1, 2)
+            ours = np.asarray(walk(match, grid, ratio, int(count), jnp.asarray(x, jnp.float32)), np.float64)
+            key = (match.process, record["grid"])
+            if key not in flows:
+                with jax.enable_x64(True):
+                    flows[key] = np.asarray(exact_flow(exact, process, grid, jnp.asarray(x)))
+            size = np.sqrt(np.mean(np.sum(end**2, axis=-1)))
+            distance = lambda a, b, size=size: float(np.max(np.linalg.norm(a - b, axis=-1)) / size)
+            shown = " + ".join(repr(solver) for solver, _ in match.divide(int(count))) if match.divide else None
+            yield Found(
+                name,
+                int(count),
+                shown or repr(match.solver()),
+                distance(ours, end),
+                distance(end, flows[key]),
+                distance(ours, flows[key]),
+            )
+
+
+def page(found: list[Found]) -> str:
+    """docs/peers.md."""
+    counts = sorted({each.steps for each in found})
+    by_name: dict[str, list[Found]] = {}
+    for each in found:
+        by_name.setdefault(each.name, []).append(each)
+    differ = {n: rows for n, rows in by_name.items() if max(each.difference for each in rows) > TOLERANCE}
+    number = lambda value: f"{value:.1e}"
+    head = ["peer", "diffjax", *(f"difference, {n} steps" for n in counts), *(f"error, {n} steps" for n in counts)]
+    lines = [
+        "# The same samplers elsewhere",
+        "",
+        "Made by `python -m benchmarks.parity` from what `benchmarks/peers/parity.py` recorded of diffusers 0.42.1,"
+        " k-diffusion 0.1.1 and azula 0.11.1: their deterministic samplers, on the exact denoiser of a"
+        " two-dimensional mixture, with the same levels and the same start.  diffjax runs in float32.  A difference is"
+        " the largest distance of two end states, an error that of diffjax from the exact flow, both relative to the"
+        " root-mean-square size of the states.",
+        "",
+        f"{len(by_name) - len(differ)} of {len(by_name)} samplers agree to {TOLERANCE:.0e} or better; the largest"
+        f" difference among them is {max(e.difference for n, r in by_name.items() if n not in differ for e in r):.1e}.",
+        "",
+        "## Those that differ",
+        "",
+        "Errors at " + " and ".join(map(str, counts)) + " steps.  The exact flow favours the smaller error at the most"
+        " steps; with few steps a lower order may come out better by chance.",
+        "",
+        "| peer | difference | its error | error of diffjax | favoured | why they differ |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, rows in differ.items():
+        last = rows[-1]
+        favoured = "diffjax" if last.our_error < last.peer_error else "peer"
+        if max(last.our_error, last.peer_error) < 1.2 * min(last.our_error, last.peer_error):
+            favoured = f"neither clearly ({favoured})"
+        columns = [", ".join(number(each[k]) for each in rows) for k in (3, 4, 5)]
+        why = DEVIATIONS.get(name, "not explained")
+        lines.append("| " + " | ".join([name, *columns, favoured, why]) + " |")
+    lines += ["", "## All", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, rows in by_name.items():
+        columns = [number(each.difference) for each in rows] + [number(each.our_error) for each in rows]
+        lines.append("| " + " | ".join([name, f"`{rows[0].solver}`", *columns]) + " |")
+    lines += [
+        "",
+        "Not compared: stochastic samplers (their law is tested against the exact one), adaptive ones, IPNDM (a table of its own), and distilled or"
+        " consistency schedulers, whose result is not a solution of the flow.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> dict:
+    """Compare, write the page, print and save."""
+    found = list(compare())
+    text = page(found)
+    PAGE.write_text(text)
+    print(text)
+    largest: dict[str, float] = {}
+    for each in found:
+        largest[each.name] = max(largest.get(each.name, 0.0), float(f"{each.difference:.2g}"))
+    return save("parity", {"largest relative difference": largest})
+
+
+if __name__ == "__main__":
+    main()
