@@ -147,6 +147,12 @@ def test_accuracy():
     assert metrics.accuracy(logits, [0, 1, 2, 3]) == 0.75
 
 
+def test_sliced_wasserstein_of_equal_sets_has_a_finite_gradient():
+    a = np.random.default_rng(0).normal(size=(30, 3))
+    slope = jax.grad(lambda x: metrics.sliced_wasserstein(jax.random.key(0), x, x[::-1] + 0 * a))(jnp.asarray(a))
+    np.testing.assert_array_equal(slope, 0.0)
+
+
 def test_a_traced_bandwidth_or_key_with_concrete_sets():
     a, b = np.random.default_rng(0).normal(size=(2, 30, 3))
     assert float(jax.jit(lambda h: metrics.mmd(a, b, h))(0.7)) == pytest.approx(metrics.mmd(a, b, 0.7), abs=1e-5)

@@ -40,7 +40,9 @@ def sliced_wasserstein(
     a, b = xp.sort(a @ directions, axis=0), xp.sort(b @ directions, axis=0)
     first, second, widths = _quantiles(len(a), len(b))
     powers = xp.sum(xp.abs(a[first] - b[second]) ** order * widths[:, None], axis=0)
-    distance = xp.mean(powers) ** (1 / order)
+    total = xp.mean(powers)
+    # equal sets have distance 0, and a derivative of 0 rather than 0 times infinity
+    distance = xp.where(total > 0, xp.where(total > 0, total, 1.0) ** (1 / order), 0.0)
     return distance if is_traced(distance) else float(distance)
 
 
