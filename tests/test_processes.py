@@ -322,3 +322,13 @@ def test_prior():
     assert draw.dtype == jnp.float32 and abs(float(draw.std()) / 7 - 1) < 0.03
     again = process.prior(jax.random.key(0), (20_000,), level=process.level(3.5))
     np.testing.assert_allclose(again, draw / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [processes.vp, processes.sub_vp])
+def test_float32_holds_far_into_the_noise(make):
+    """Where exp(B) overflows float32 the half-log-SNR is still -B / 2, and its inverse still finds the time."""
+    process = make(0.1, 400.0)
+    far = jnp.float32(1.0)
+    found = process.schedule.half_log_snr(far)
+    np.testing.assert_allclose(found, process.schedule.half_log_snr(1.0), rtol=1e-6)
+    np.testing.assert_allclose(process.schedule.time(found), 1.0, rtol=1e-5)

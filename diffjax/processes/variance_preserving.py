@@ -68,8 +68,9 @@ class VP:
 
     def half_log_snr(self, time):
         xp, _, integral = self._parts(time)
+        # -log(exp(B) - 1) / 2 without the exponential, which overflows in float32 at B = 88
         with_zero = xp.where(integral == 0, 1.0, integral)
-        return xp.where(integral == 0, xp.inf, -0.5 * xp.log(xp.expm1(with_zero)))
+        return xp.where(integral == 0, xp.inf, -0.5 * (with_zero + xp.log(-xp.expm1(-with_zero))))
 
     def time(self, half_log_snr):
         xp, value_, b0, b1 = arrays(half_log_snr, self.beta_min, self.beta_max)
@@ -109,14 +110,16 @@ class SubVP:
         return -xp.expm1(-integral)
 
     def half_log_snr(self, time):
-        # sigma / alpha = 2 sinh(B / 2)
+        # sigma / alpha = 2 sinh(B / 2), again without an exponential that overflows
         xp, _, integral = self._parts(time)
         with_zero = xp.where(integral == 0, 1.0, integral)
-        return xp.where(integral == 0, xp.inf, -xp.log(2 * xp.sinh(0.5 * with_zero)))
+        return xp.where(integral == 0, xp.inf, -(0.5 * with_zero + xp.log(-xp.expm1(-with_zero))))
 
     def time(self, half_log_snr):
         xp, value_, b0, b1 = arrays(half_log_snr, self.beta_min, self.beta_max)
-        return _time(xp, 2 * xp.arcsinh(0.5 * xp.exp(-value_)), b0, b1)
+        # arcsinh(exp(m) / 2) is m to the last bit of a float64 from m = 20 on
+        m = xp.minimum(-value_, 20.0)
+        return _time(xp, 2 * xp.where(-value_ > 20.0, -value_, xp.arcsinh(0.5 * xp.exp(m))), b0, b1)
 
     def alpha_rate(self, time):
         xp, beta, integral = self._parts(time)

@@ -189,10 +189,10 @@ class _Ends:
         level = self.grid.process.level(half_log_snr=half_log_snr.reshape(self.t.time.shape), trailing=self._trailing)
         return level._replace(half_log_snr=half_log_snr)
 
-    def by_half_log_snr(self, fraction: float) -> Level:
+    def by_half_log_snr(self, fraction: Array) -> Level:
         return self._at(self.t.half_log_snr + fraction * rise(self.t, self.s))
 
-    def by_ratio(self, fraction: float) -> Level:
+    def by_ratio(self, fraction: Array) -> Level:
         if fraction == 1.0:
             return self.s
         xp = self.xp
