@@ -105,7 +105,7 @@ def history(predictor: int, corrector: int = 0, twice: bool = False) -> int:
     return max(predictor - 1, corrector - 2) if twice else max(corrector, predictor + 1) - 1
 
 
-def between(grid: Grid, fraction: float, end: Array | None = None) -> Level:
+def between(grid: Grid, fraction: Array, end: Array | None = None) -> Level:
     """The level a fraction of the way through every step in half-log-SNR; that of t where the step is not `usable`.
 
     ``end`` replaces the half-log-SNR of s.
