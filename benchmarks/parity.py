@@ -7,7 +7,7 @@ levels, the same start.  diffjax runs in float32.  `python -m benchmarks.parity`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from benchmarks.problem import COVARIANCES, MEANS, WEIGHTS
 from benchmarks.timing import save
 from diffjax import solvers
 from diffjax.levels import Array, Grid, Process, Solver
+from diffjax.levels import ratio as level_ratio
 from experiments._problems import exact_flow, run
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ class Match(NamedTuple):
 
     solver: Callable[[], Solver]
     process: str = "edm"
-    divide: Callable[[int], list[tuple[Solver, slice]]] | None = None  # parts of the walk, each with its solver
+    divide: Callable[[int], Sequence[tuple[Solver, slice]]] | None = None  # parts of the walk, each with its solver
 
 
 class Found(NamedTuple):
@@ -47,10 +48,10 @@ class Found(NamedTuple):
     our_error: float
 
 
-def singlestep(make: Callable[..., Solver], order: int, form: str) -> Callable[[int], list[tuple[Solver, slice]]]:
+def singlestep(make: Callable[..., Solver], order: int, form: str) -> Callable[[int], Sequence[tuple[Solver, slice]]]:
     """Steps over ``order`` levels each, and a last one of lower order over what is left."""
 
-    def divide(count: int) -> list[tuple[Solver, slice]]:
+    def divide(count: int) -> Sequence[tuple[Solver, slice]]:
         rest = count % order
         last = count - rest
         parts = [(make(order=order, form=form, singlestep=True), slice(0, last + 1, order))]
@@ -61,8 +62,8 @@ def singlestep(make: Callable[..., Solver], order: int, form: str) -> Callable[[
     return divide
 
 
-def fast(count: int) -> list[tuple[Solver, slice]]:
-    """DPM-Solver-fast for ``count`` calls: third-order steps, and lower ones at the end; slices are of its own levels."""
+def fast(count: int) -> Sequence[tuple[Solver, slice]]:
+    """DPM-Solver-fast for ``count`` calls: steps of third order, lower ones last; slices are of its own levels."""
     whole = count // 3 + 1
     third = whole - 2 if count % 3 == 0 else whole - 1
     orders = [2, 1] if count % 3 == 0 else [count % 3]
@@ -141,8 +142,8 @@ _HALVED = (
     " one), so that it is of second order; diffjax integrates the parabola through the three readings"
 )
 _STAGE = (
-    "the stage at 2/3 is the peer's own two-stage step in midpoint form, in the paper the exact integral of a line; both"
-    " are of third order"
+    "the stage at 2/3 is the peer's own two-stage step in midpoint form, in the paper the exact integral of a line;"
+    " both are of third order"
 )
 _PSI = "the integral is multiplied by sqrt(alpha_s^2 + sigma_t^2) where the formula has sigma_s"
 # Where the two differ by more than TOLERANCE: why.
@@ -182,11 +183,8 @@ def walk(match: Match, grid: Grid, ratio: np.ndarray, steps: int, x: Array) -> A
         own = np.geomspace(ratio[0], ratio[-1], steps // 3 + 2) if len(ratio) == 2 else ratio
         parts = [(solver, levels(grid.process, own[part])) for solver, part in match.divide(steps)]
     for solver, part in parts:
-        x = _run(jax.random.key(0), denoise, solver, part, x)
+        x = run(jax.random.key(0), denoise, solver, part, x)
     return x
-
-
-_run = jax.jit(run)
 
 
 def compare(only: tuple[str, ...] = (), steps: tuple[int, ...] = ()) -> Iterator[Found]:
@@ -201,7 +199,7 @@ def compare(only: tuple[str, ...] = (), steps: tuple[int, ...] = ()) -> Iterator
             if (only and name not in only) or (steps and int(count) not in steps):
                 continue
             alpha, sigma = (np.asarray(recorded["grids"][record["grid"]][part]) for part in ("alpha", "sigma"))
-            ratio = diffjax.levels.ratio(sigma, alpha)
+            ratio = level_ratio(sigma, alpha)
             process = process_of(match.process, ratio)
             grid = levels(process, ratio)
             # at the same sigma / alpha the states of two processes differ by a factor
@@ -269,8 +267,8 @@ def page(found: list[Found]) -> str:
         lines.append("| " + " | ".join([name, f"`{rows[0].solver}`", *columns]) + " |")
     lines += [
         "",
-        "Not compared: stochastic samplers (their law is tested against the exact one), adaptive ones, IPNDM (a table of its own), and distilled or"
-        " consistency schedulers, whose result is not a solution of the flow.",
+        "Not compared: stochastic samplers (their law is tested against the exact one), adaptive ones, IPNDM (on a"
+        " table of its own), and distilled or consistency schedulers, whose result is not a solution of the flow.",
     ]
     return "\n".join(lines) + "\n"
 

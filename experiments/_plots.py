@@ -73,6 +73,34 @@ def curves(axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float
     )
 
 
+def highlighted(
+    axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], chosen: Sequence[str], worst: float = 3.0
+) -> None:
+    """The chosen lines in colour, sorted in the legend by their value at the right, and all others thin and gray.
+
+    For more lines than colours can tell apart.  Values above ``worst`` are cut off: what explodes would hide the rest.
+    """
+    for name, (nfe, values) in lines.items():
+        if name not in chosen:
+            axes.plot(nfe, values, color="0.8", linewidth=0.8, zorder=1)
+    several = plt.get_cmap("tab10" if len(chosen) < 10 else "tab20")
+    palette = [colour for colour in map(several, range(several.N)) if len(set(colour[:3])) > 1]  # gray is the others'
+    order = sorted(chosen, key=lambda name: -np.nan_to_num(lines[name][1][-1], nan=np.inf))
+    for i, name in enumerate(order):
+        style = {"color": palette[i % len(palette)], "marker": MARKERS[i % len(MARKERS)], "zorder": 3}
+        axes.plot(*lines[name], label=name, linewidth=1.6, **style)
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations per sample (NFE)")
+    finite = [v for _, values in lines.values() for v in values if np.isfinite(v) and v > 0]
+    axes.set_ylim(0.7 * min(finite), 1.4 * min(max(finite), worst))
+    ticks = sorted({n for nfe, _ in lines.values() for n in nfe} & {5, 8, 10, 15, 20, 50, 100})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    others = len(lines) - len(chosen)
+    if others:
+        axes.plot([], [], color="0.8", linewidth=0.8, label=f"{others} others")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+
+
 def image_grid(axes: Axes, images: Any, pad: int = 1) -> None:
     """Images (rows, columns, H, W) in [0, 1] as one sheet, ink on white."""
     images = 1 - np.clip(np.asarray(images), 0, 1)

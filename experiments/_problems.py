@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import diffjax
-from diffjax.levels import Array, Grid, Process, Solver
+from diffjax.levels import Array, Grid, Level, Process, Solver
 from diffjax.oracles.mixture import Mixture
 
 
@@ -53,7 +55,38 @@ def distance(key: Array, samples: np.ndarray, reference: np.ndarray) -> float:
     return diffjax.metrics.sliced_wasserstein(key, samples, reference, projections=128, order=1)
 
 
-def run(key: Array, denoise: Mixture, solver: Solver, grid: Grid, x: Array) -> Array:
+def run(key: Array, denoise: Callable[[Array, Level], Array], solver: Solver, grid: Grid, x: Array) -> Array:
     """The solver from every start (N, D)."""
     keys = jax.random.split(key, len(x))
     return jax.vmap(lambda key, x: diffjax.sample(key, denoise, solver, grid, x=x).x)(keys, x)
+
+
+def moments(solver: Solver, grid: Grid, mean: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of a solver's last state on data N(mean, covariance), exactly, from the exact marginal.
+
+    There every step is affine in the state, the memory and the noise: its matrix is read off a basis, whose vectors are
+    the leading axis of the states, so that a step is called once.
+    """
+    size, eye = len(mean), np.eye(len(mean))
+
+    def denoise(x: Array, level: Level) -> Array:
+        gain = np.linalg.solve(level.alpha**2 * covariance + level.sigma**2 * eye, level.alpha * covariance)
+        return mean + (x - level.alpha * mean) @ gain
+
+    rows = solver.plan(grid)
+    held, structure = jax.tree.flatten(solver.init(np.zeros((1, size))))
+    inputs = size * (1 + len(held))
+    total = inputs + size * solver.draws
+    basis = np.concatenate([np.zeros((1, total)), np.eye(total)])  # the offset, then every input
+    x, *parts = np.split(basis, total // size, axis=1)
+    memory, noise = structure.unflatten(parts[: len(held)]), tuple(parts[len(held) :])
+    start = grid.start
+    m = np.concatenate([start.alpha * mean, np.zeros(inputs - size)])
+    c = np.pad(start.alpha**2 * covariance + start.sigma**2 * eye, (0, inputs - size))
+    for i in range(len(rows.t.time)):
+        out, after, _ = solver.step(noise, denoise, x, memory, jax.tree.map(lambda leaf, i=i: leaf[i], rows))
+        columns = np.concatenate([np.asarray(leaf) for leaf in (out, *jax.tree.leaves(after))], axis=1)
+        matrix = (columns[1:] - columns[0]).T
+        keep, fresh = matrix[:, :inputs], matrix[:, inputs:]
+        m, c = columns[0] + keep @ m, keep @ c @ keep.T + fresh @ fresh.T
+    return m[:size], c[:size, :size]

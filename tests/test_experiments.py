@@ -11,7 +11,8 @@ import diffjax
 from diffjax import data, training
 from diffjax.solvers import ddim
 from experiments import __main__ as listing
-from experiments import _solvers, digits, mixture
+from experiments import _solvers, digits, mixture, solvers
+from experiments._problems import moments
 
 TINY = [
     *("--batch", "16", "--channels", "8", "--save-every", "2", "--samples", "16", "--sampling-steps", "3"),
@@ -96,7 +97,7 @@ def test_the_exact_flow_is_that_of_a_gaussian(x64):
 def test_every_experiment_is_listed_with_its_run_time(capsys):
     listing.main()
     found = {entry.name: entry for entry in listing.entries()}
-    assert {"digits", "mixture"} <= set(found)
+    assert {"digits", "mixture", "solvers"} <= set(found)
     assert all(entry.summary.endswith(".") and entry.run_time[0].isdigit() for entry in found.values())
     assert "python -m experiments.digits" in capsys.readouterr().out
 
@@ -104,3 +105,32 @@ def test_every_experiment_is_listed_with_its_run_time(capsys):
 def test_unknown_solvers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not public"):
         mixture.main(["--solvers", "nonsense", "--out", str(tmp_path)])
+
+
+def test_solvers_are_ranked_on_every_exact_problem(tmp_path, capsys):
+    names = ["ddim", "dpmpp", "sde_dpmpp"]
+    small = ["--trajectories", "8", "--samples", "64", "--nfe", "8", "16", "--digits", str(tmp_path / "none")]
+    solvers.main([*small, "--solvers", *names, "--out", str(tmp_path)])
+    assert "digits: skipped" in capsys.readouterr().out
+    header, *rows = [line.split(",") for line in (tmp_path / "solvers.csv").read_text().splitlines()]
+    assert header[-1] == "NFE 16" and len(rows) == 3 * len(names)
+    errors = {(row[0], row[1]): np.array(row[6:], float) for row in rows}
+    for problem in ("gaussian", "mixture", "edm"):
+        assert errors[problem, "dpmpp"][1] < errors[problem, "ddim"][1]
+        assert np.all(np.isfinite(errors[problem, "sde_dpmpp"]))
+        assert (tmp_path / f"{problem}.png").stat().st_size > 5000
+    assert "| deterministic, 1 | " in (tmp_path / "solvers.md").read_text()
+
+
+def test_the_distance_of_gaussians_is_that_of_their_quantiles():
+    # in one dimension the 2-Wasserstein distance is that of (mean, standard deviation)
+    found = solvers.bures(np.array([1.0]), np.array([[4.0]]), np.array([4.0]), np.array([[36.0]]))
+    assert found == pytest.approx(5.0)
+
+
+def test_moments_of_a_deterministic_solver_are_those_of_its_flow():
+    # DDIM is exact for a point: the data's mean stays where it is, at every number of steps
+    grid = diffjax.grids.log_snr(diffjax.processes.vp(), 7, to_data=False)
+    mean, covariance = moments(ddim(), grid, np.array([1.0, -2.0]), np.zeros((2, 2)))
+    np.testing.assert_allclose(mean, grid.s.alpha[-1] * np.array([1.0, -2.0]), rtol=1e-12)
+    np.testing.assert_allclose(covariance, grid.s.sigma[-1] ** 2 * np.eye(2), rtol=1e-12)

@@ -1,4 +1,4 @@
-"""diffjax against the recorded results of diffusers, k-diffusion and azula on the same levels: `benchmarks/parity.py`."""
+"""diffjax against recorded results of diffusers, k-diffusion and azula on the same levels: `benchmarks/parity.py`."""
 
 import json
 
