@@ -139,7 +139,7 @@ def trained(options: Options) -> Problem:
     keys = jax.random.split(jax.random.key(options.seed), 2)
 
     def draw(key: Array, solver: Solver, steps: int) -> np.ndarray:
-        return np.asarray(digits.generate(model, solver, steps, labels, key).x)
+        return np.asarray(digits.generate(model, solver, grid(steps), labels, key).x)
 
     # the key fixes the start; the flow of another key's starts is a second set from the same law
     target, other = (draw(key, diffjax.solvers.rk4(), 50) for key in keys)
