@@ -76,7 +76,7 @@ class Options:
     """Public solvers in solvers.png; none named: all that run with their defaults, as far as the time goes."""
     nfe: tuple[int, ...] = (4, 8, 16, 32)
     """Network evaluations per sample in solvers.png, at most."""
-    solver_seconds: float = 60.0
+    solver_seconds: float = 40.0
     """Time for solvers.png; solvers that are not reached are left out, each family's first ones are first."""
     seed: int = 0
     """Seed of everything that is random."""
