@@ -345,6 +345,8 @@ class Grid:
         """The grid of some of the steps, in order."""
         if not isinstance(steps, slice):
             raise ValueError(f"a grid is indexed by a slice of steps, got {steps!r}.")
+        if not range(*steps.indices(len(self))):
+            raise ValueError(f"a grid has at least one step, and {steps!r} of {len(self)} steps is none.")
         t, s = (jax.tree.map(lambda leaf: leaf[steps], level) for level in (self.t, self.s))
         return dataclasses.replace(self, start=jax.tree.map(lambda leaf: leaf[0], t), t=t, s=s)
 

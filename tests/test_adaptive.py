@@ -224,6 +224,7 @@ def test_refusals():
         ("stop", solvers.dpm_pair(2), dict(shape=(2,), stop=0.0)),
         ("start", solvers.dpm_pair(2), dict(shape=(2,), start=0.1, stop=0.2)),
         ("dtype", solvers.dpm_pair(2), dict(shape=(2,), dtype=jnp.int32)),
+        ("noise", solvers.gotta_go_fast(), dict(shape=(2,), noise=diffjax.noises.stored((np.zeros((3, 2)),)))),
     ]:
         with pytest.raises(ValueError, match=match):
             call(solver, **options)

@@ -156,3 +156,8 @@ def test_grid_is_a_value():
     assert structure == jax.tree.structure(grids.quadratic(processes.vp(), 3))
     assert all(isinstance(leaf, np.ndarray | np.generic | float) for leaf in leaves)
     assert repr(grids.uniform(processes.vp(), 3)) == "Grid(vp(beta_min=0.1, beta_max=20.0), steps=3, gaps=False)"
+
+
+def test_an_empty_part_of_a_grid_is_refused():
+    with pytest.raises(ValueError, match="at least one step"):
+        grids.uniform(processes.flow(), 4)[4:]

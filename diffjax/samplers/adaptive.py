@@ -33,7 +33,7 @@ from diffjax.levels import (
     is_traced,
     remembers,
 )
-from diffjax.noises import brownian
+from diffjax.noises import Stored, brownian
 from diffjax.samplers.sequential import Counter
 from diffjax.solvers.coefficients import exponential
 
@@ -79,7 +79,8 @@ def adaptive(
         differentiable: a scan over ``max_steps`` attempts, each recomputed in the backward pass, in the place of a loop
             that ends: gradients go through the accepted steps, with their sizes held fixed.
         noise: for stochastic solvers, default `diffjax.noises.brownian()`: a rejected step is tried again along the
-            same path, so that rejection does not bias the law.
+            same path, so that a rejection does not choose the noise. What remains is the steps' own error, which at
+            loose tolerances is large. Not `diffjax.noises.stored`: the number of attempts is not known beforehand.
 
     Returns a `Sample` with ``accepted`` and ``rejected``; ``failed_at`` is the attempt at which steps became too small
     to go on or ``max_steps`` were used up, or -1.  A non-finite attempt is rejected.
@@ -96,6 +97,8 @@ def adaptive(
     True
     """
     _check(solver, shape, x, dtype, max_steps, rtol=rtol, atol=atol, first_step=first_step, safety=safety)
+    if isinstance(noise, Stored):
+        raise ValueError(f"noise must be a source for any number of attempts, got {noise!r}, which has so many rows.")
     process = process if is_traced(process) else concrete(process)
     first, last, opening = _ends(process, start, stop)
     entry = first if opening is None else opening
