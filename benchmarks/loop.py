@@ -59,7 +59,7 @@ def cases():
     """Networks, batches and state shapes."""
     rngs = nnx.Rngs(0)
     yield "digits U-Net, batch 64", UNet((8, 8, 1), condition=label(10), rngs=rngs), 64, (8, 8, 1)
-    yield "MLP 3 x 256, D = 64, batch 256", MLP((64,), width=256, depth=3, condition=label(10), rngs=rngs), 256, (64,)
+    yield "MLP 3 x 256, D = 64, batch 256", MLP(64, width=256, depth=3, condition=label(10), rngs=rngs), 256, (64,)
 
 
 def main(seconds: float = 40.0) -> dict:

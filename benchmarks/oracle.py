@@ -23,12 +23,17 @@ PROCESS = diffjax.processes.vp()
 GRID = diffjax.grids.log_snr(PROCESS, STEPS, to_data=False)
 
 
+def start(key):
+    """The draw that `sample` starts from: every contestant makes the same one."""
+    return jax.random.normal(jax.random.split(key)[0], (2,))
+
+
 def hand_written(key):
     """DDIM in the fewest lines: what a user would write for this one case."""
     rows = diffjax.solvers.ddim().plan(GRID)
     coefficients = jnp.stack(rows.coefficients.out, axis=1, dtype=jnp.float32)
     levels = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), rows.t)
-    x = levels.sigma[0] * jax.random.normal(key, (2,))
+    x = levels.sigma[0] * start(key)
 
     def body(x, row):
         (keep, weight), level = row
@@ -51,8 +56,7 @@ def diffrax_euler(key):
     """Euler on the probability-flow ODE with fixed steps."""
     velocity = PROCESS.probability_flow(MIXTURE)
     term = diffrax.ODETerm(lambda t, x, args: velocity(x, t))
-    x = jax.random.normal(key, (2,))
-    return _diffeqsolve(term, x)
+    return _diffeqsolve(term, start(key))
 
 
 def diffrax_euler_maruyama(key):
@@ -61,7 +65,7 @@ def diffrax_euler_maruyama(key):
     path = diffrax.UnsafeBrownianPath(shape=(2,), key=key)
     drift = diffrax.ODETerm(lambda u, x, args: -sde.drift(x, 1.0 - u))
     noise = diffrax.ControlTerm(lambda u, x, args: diffrax_scalar(sde.diffusion(x, 1.0 - u)), path)
-    return _diffeqsolve(diffrax.MultiTerm(drift, noise), jax.random.normal(key, (2,)), 0.0, 0.999, 0.999 / STEPS)
+    return _diffeqsolve(diffrax.MultiTerm(drift, noise), start(key), 0.0, 0.999, 0.999 / STEPS)
 
 
 def diffrax_scalar(g):
