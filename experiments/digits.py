@@ -221,10 +221,16 @@ def images_of(sample: Sample) -> np.ndarray:
     return np.clip(sample.x, -1.0, 1.0)
 
 
+# the ones that a reader looks for come first in solvers.png; all others are found and follow
+FAMILIAR = ("ddim", "dpmpp", "unipc", "deis", "heun", "ancestral", "sde_dpmpp", "sa_solver")
+
+
 def solver_curves(options: Options, model: Model, judge: Judge, key: Array) -> dict[str, dict[str, list[float]]]:
     """Frechet distance against network evaluations, solver after solver until the time is spent."""
     solvers = _solvers.public(options.solvers)
-    order = list(options.solvers) or families_first(list(solvers))
+    known = [name for name in FAMILIAR if name in solvers]
+    rest = [name for name in families_first(list(solvers)) if name not in known]
+    order = list(options.solvers) or known + rest
     labels, curves = judge.held_out.labels, {}
     begin = time.perf_counter()
     for name in tqdm(order, desc="solvers", unit="solver", dynamic_ncols=True):
