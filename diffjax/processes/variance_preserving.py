@@ -7,6 +7,8 @@ that sigma keeps its relative precision.
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffjax.levels import Array, Process, arrays, value
 from diffjax.processes.checks import positive
 
@@ -39,8 +41,20 @@ def _check(beta_min: Array, beta_max: Array) -> None:
     positive(**{"beta_max - beta_min": beta_max - beta_min})
 
 
-def _integral(t: Array, beta_min: Array, beta_max: Array) -> Array:
-    return t * (beta_min + 0.5 * (beta_max - beta_min) * t)
+def _parts(schedule: VP | SubVP, time: Array) -> tuple[Any, Array, Array]:
+    """The array namespace, beta(t) and its integral B(t)."""
+    xp, t, low, high = arrays(time, schedule.beta_min, schedule.beta_max)
+    return xp, low + (high - low) * t, t * (low + 0.5 * (high - low) * t)
+
+
+def _alpha(schedule: VP | SubVP, time: Array) -> Array:
+    xp, _, integral = _parts(schedule, time)
+    return xp.exp(-0.5 * integral)
+
+
+def _alpha_rate(schedule: VP | SubVP, time: Array) -> Array:
+    xp, beta, integral = _parts(schedule, time)
+    return -0.5 * beta * xp.exp(-0.5 * integral)
 
 
 def _time(xp, integral: Array, beta_min: Array, beta_max: Array) -> Array:
@@ -54,20 +68,15 @@ class VP:
     beta_max: Array
     factory = "vp"
 
-    def _parts(self, time):
-        xp, t, b0, b1 = arrays(time, self.beta_min, self.beta_max)
-        return xp, b0 + (b1 - b0) * t, _integral(t, b0, b1)
-
     def alpha(self, time):
-        xp, _, integral = self._parts(time)
-        return xp.exp(-0.5 * integral)
+        return _alpha(self, time)
 
     def sigma(self, time):
-        xp, _, integral = self._parts(time)
+        xp, _, integral = _parts(self, time)
         return xp.sqrt(-xp.expm1(-integral))
 
     def half_log_snr(self, time):
-        xp, _, integral = self._parts(time)
+        xp, _, integral = _parts(self, time)
         # -log(exp(B) - 1) / 2 without the exponential, which overflows in float32 at B = 88
         with_zero = xp.where(integral == 0, 1.0, integral)
         return xp.where(integral == 0, xp.inf, -0.5 * (with_zero + xp.log(-xp.expm1(-with_zero))))
@@ -77,15 +86,14 @@ class VP:
         return _time(xp, xp.logaddexp(0.0, -2 * value_), b0, b1)
 
     def alpha_rate(self, time):
-        xp, beta, integral = self._parts(time)
-        return -0.5 * beta * xp.exp(-0.5 * integral)
+        return _alpha_rate(self, time)
 
     def variance_rate(self, time):
-        xp, beta, integral = self._parts(time)
+        xp, beta, integral = _parts(self, time)
         return 0.5 * beta * xp.exp(-integral)
 
     def sigma_rate(self, time):
-        xp, _, integral = self._parts(time)
+        xp, _, integral = _parts(self, time)
         sigma = self.sigma(time)
         rate = self.variance_rate(time) / xp.where(integral == 0, 1.0, sigma)
         return xp.where(integral == 0, xp.inf, rate)
@@ -97,21 +105,16 @@ class SubVP:
     beta_max: Array
     factory = "sub_vp"
 
-    def _parts(self, time):
-        xp, t, b0, b1 = arrays(time, self.beta_min, self.beta_max)
-        return xp, b0 + (b1 - b0) * t, _integral(t, b0, b1)
-
     def alpha(self, time):
-        xp, _, integral = self._parts(time)
-        return xp.exp(-0.5 * integral)
+        return _alpha(self, time)
 
     def sigma(self, time):
-        xp, _, integral = self._parts(time)
+        xp, _, integral = _parts(self, time)
         return -xp.expm1(-integral)
 
     def half_log_snr(self, time):
         # sigma / alpha = 2 sinh(B / 2), again without an exponential that overflows
-        xp, _, integral = self._parts(time)
+        xp, _, integral = _parts(self, time)
         with_zero = xp.where(integral == 0, 1.0, integral)
         return xp.where(integral == 0, xp.inf, -(0.5 * with_zero + xp.log(-xp.expm1(-with_zero))))
 
@@ -122,11 +125,10 @@ class SubVP:
         return _time(xp, 2 * xp.where(-value_ > 20.0, -value_, xp.arcsinh(0.5 * xp.exp(m))), b0, b1)
 
     def alpha_rate(self, time):
-        xp, beta, integral = self._parts(time)
-        return -0.5 * beta * xp.exp(-0.5 * integral)
+        return _alpha_rate(self, time)
 
     def sigma_rate(self, time):
-        xp, beta, integral = self._parts(time)
+        xp, beta, integral = _parts(self, time)
         return beta * xp.exp(-integral)
 
     def variance_rate(self, time):
