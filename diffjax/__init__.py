@@ -12,6 +12,7 @@ from diffjax import grids as grids
 from diffjax import guidance as guidance
 from diffjax import interop as interop
 from diffjax import interpolants as interpolants
+from diffjax import inverse as inverse
 from diffjax import likelihood as likelihood
 from diffjax import metrics as metrics
 from diffjax import modifiers as modifiers

@@ -1,0 +1,22 @@
+"""Inverse problems: draw from the law of x given a measurement y = A(x) + noise.
+
+Operators and `measurement` say what was seen.  A function that takes a ``measurement`` first makes a *twist* (for
+`diffjax.guidance.tilted` and sequential Monte Carlo) or a solver, one that takes ``denoise`` first a denoiser, one
+that takes ``solver`` first a changed solver, and one that takes ``key`` first draws a sample.  Posterior laws in
+closed form: `posterior`, `evidence`, `exact`.
+"""
+
+from diffjax.inverse.exact import evidence, exact, posterior
+from diffjax.inverse.images import blur, colourisation, downsample, fourier, gaussian_kernel, radon
+from diffjax.inverse.measurement import Measurement, gaussian_noise, measurement, poisson_noise
+from diffjax.inverse.nonlinear import hdr, jpeg, nonlinear, phase_retrieval, saturation
+from diffjax.inverse.operators import (
+    compressed_sensing,
+    decomposed,
+    diagonal,
+    identity,
+    linear,
+    mask,
+    matrix,
+    pseudo_inverse,
+)
