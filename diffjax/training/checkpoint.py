@@ -26,7 +26,7 @@ from jaxtyping import PyTree
 
 from diffjax.training.step import TrainState
 
-PARTS = ("params", "ema", "optimiser")
+PARTS = ("params", "ema", "optimiser", "loss_state")
 RECORD = "record.json"
 REST = re.compile(r"(writing|removed)-\d{8,}|\d{8,}\.orbax-checkpoint-tmp")
 Folder = str | os.PathLike
@@ -229,7 +229,7 @@ def _restore(path: Path, record: dict[str, Any], like: TrainState) -> Restored:
 def _part(path: Path, record: dict[str, Any], part: str, like: PyTree) -> PyTree:
     """One of the trees of arrays, after its shapes were compared with those of `like`."""
     wanted = _flat(like)
-    _compare(path, part, {name: _shape(leaf) for name, leaf in wanted.items()}, record["arrays"][part])
+    _compare(path, part, {name: _shape(leaf) for name, leaf in wanted.items()}, record["arrays"].get(part, {}))
     if not wanted:
         return like
     abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
@@ -249,7 +249,7 @@ def _compare(path: Path, part: str, expected: dict[str, Any], found: dict[str, A
     ]
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        kind = "optimiser" if part == "optimiser" else "architecture"
+        kind = {"optimiser": "optimiser", "loss_state": "loss"}.get(part, "architecture")
         raise ValueError(f"checkpoint {path} is of another {kind}, {part} differ: {'; '.join(differences[:3])}{more}")
 
 

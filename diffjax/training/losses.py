@@ -158,10 +158,8 @@ class Denoising:
         mean = sum(jnp.sum(leaf) for leaf in leaves) / sum(leaf.size for leaf in leaves)
         return jnp.asarray(self.weighting(level) * mean)
 
-    def __call__(
-        self, params: PyTree, key: PRNGKeyArray, x0: PyTree, condition: PyTree = None
-    ) -> Float[Array, " batch"]:
-        """The losses of a batch, one for each sample; arrays have a leading axis of length B."""
+    def draw(self, key: PRNGKeyArray, x0: PyTree, condition: PyTree = None) -> tuple:
+        """All that is random about a batch: the arguments of `one` after the parameters, with a leading axis B."""
         if self.null is not None and condition is None:
             raise ValueError("dropout of the condition needs a batch with a condition, got None")
         count = jax.tree.leaves(x0)[0].shape[0]
@@ -172,7 +170,17 @@ class Denoising:
         if self.stratified:
             # Which sample gets which stratum is drawn too: a batch may be in some order.
             u = (jax.random.permutation(key_order, count) + u) / count
-        return jax.vmap(self.one, (None, 0, 0, 0, 0))(params, pairs[:, 1], u, x0, condition)
+        return pairs[:, 1], u, x0, condition
+
+    def each(self, params: PyTree, items: tuple) -> Float[Array, " part"]:
+        """The losses of all, or of any part, of what `draw` returned."""
+        return jax.vmap(self.one, (None, 0, 0, 0, 0))(params, *items)
+
+    def __call__(
+        self, params: PyTree, key: PRNGKeyArray, x0: PyTree, condition: PyTree = None
+    ) -> Float[Array, " batch"]:
+        """The losses of a batch, one for each sample; arrays have a leading axis of length B."""
+        return self.each(params, self.draw(key, x0, condition))
 
 
 def denoising(
