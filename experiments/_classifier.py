@@ -13,6 +13,7 @@ from flax import nnx
 
 from diffjax import data, training
 from diffjax.levels import Array, Tree
+from experiments import _run
 
 FEATURES = 64
 
@@ -52,8 +53,12 @@ def _apply(graph: Any, params: Tree, images: Array) -> tuple[Array, Array]:
     return nnx.merge(graph, params)(images)
 
 
-def train(key: Array, images: data.Images, steps: int = 600, batch: int = 128) -> Classifier:
+def train(
+    key: Array, images: data.Images, steps: int = 600, batch: int = 128, run: _run.Run | None = None
+) -> Classifier:
     """Train on labelled images, moved by up to a pixel and with noise on top, with the library's own loop.
+
+    With a ``run`` what was learned is kept in its folder, and a run that is resumed reads it back.
 
     The loss is the cross entropy with smoothed labels; the moving average of the parameters is kept.
 
@@ -72,7 +77,10 @@ def train(key: Array, images: data.Images, steps: int = 600, batch: int = 128) -
     optimiser = training.adam(2e-3, warmup=min(50, steps - 1), steps=steps)
     step = training.train_step(loss, optimiser, training.ema.warmed(0.99))
     batches = data.batches(images, min(batch, len(images)), augment=_moved)
-    state = training.fit(training.init(key, params, optimiser), step, batches, steps=steps, progress=False)
+    kept: dict[str, Any] = {"progress": False, "save_every": steps}
+    if run is not None:
+        kept |= {"folder": run.folder("training/classifier"), "resume": run.resume, "report": run.log}
+    state = training.fit(training.init(key, params, optimiser), step, batches, steps=steps, **kept)
     return Classifier(graph, state.ema)
 
 

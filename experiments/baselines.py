@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,15 +30,20 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from flax import nnx
 
 import diffjax
 from diffjax import data, networks, training
 from diffjax.levels import Array, Process
-from experiments import _classifier, _plots, digits
+from experiments import _classifier, _plots, _run, digits
 
 SAMPLERS = {"DDPM": diffjax.solvers.ancestral(), "DDIM": diffjax.solvers.ddim()}
+
+
+TINY = (
+    *("--steps", "3", "--batch", "16", "--width", "16", "--samples", "20", "--classifier-steps", "3"),
+    *("--scales", "1.0", "2.0", "--sampling-steps", "2", "3", "--spaces", "latent", "--schedules", "cosine"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +120,11 @@ def spaces(options: Options, images: np.ndarray) -> dict[str, Space]:
     return {"pixel": Space(digits.IMAGE, same, same), "latent": Space((len(axes),), encode, decode)}
 
 
-def train(options: Options, name: str, space: Space, process: Process, images: data.Images) -> digits.Model:
+def train(
+    run: _run.Run[Options], name: str, schedule: str, space: Space, process: Process, images: data.Images
+) -> digits.Model:
     """A network that predicts the noise, and its averaged parameters."""
+    options = run.options
     key, condition = jax.random.key(options.seed), networks.label(digits.CLASSES)
     rngs = nnx.Rngs(key)
     if name == "pixel":
@@ -128,11 +138,15 @@ def train(options: Options, name: str, space: Space, process: Process, images: d
     optimiser = training.adam(options.learning_rate, warmup=warmup, steps=options.steps)
     step = training.train_step(loss, optimiser, training.ema.warmed(0.995))
 
-    def encoded() -> Iterator[data.Batch]:
-        for batch in data.batches(images, options.batch, seed=options.seed):
-            yield data.Batch(space.encode(np.asarray(batch.x0)), batch.condition)
-
-    state = training.fit(training.init(key, params, optimiser), step, encoded(), steps=options.steps, progress=False)
+    state = training.fit(
+        training.init(key, params, optimiser),
+        lambda state, batch: step(state, data.Batch(space.encode(np.asarray(batch.x0)), batch.condition)),
+        data.batches(images, options.batch, seed=options.seed),
+        steps=options.steps,
+        folder=run.folder(f"training/{name}-{schedule}"),
+        resume=run.resume,
+        report=lambda step, line: run.log(step, {f"{name}, {schedule}/{tag}": value for tag, value in line.items()}),
+    )
     return digits.Model(apply, jax.device_get(state.ema))
 
 
@@ -153,35 +167,54 @@ def draw(
     return lambda key: jax.vmap(one)(jax.random.split(key, len(labels)), labels)
 
 
-def measure(options: Options, images: data.Images, judge: digits.Judge) -> tuple[list[Result], dict[str, np.ndarray]]:
+def measure(
+    run: _run.Run[Options], images: data.Images, judge: digits.Judge
+) -> tuple[list[Result], dict[str, np.ndarray]]:
     """The whole grid, and some images of every space, sampler and schedule at the middle scale."""
-    labels, results, pictures = jnp.asarray(judge.held_out.labels), [], {}
-    key = jax.random.key(options.seed + 2)
-    shown = options.scales[len(options.scales) // 2]
+    options, results, pictures = run.options, [], {}
     known = spaces(options, judge.training.images)
-    for name in options.spaces:
-        space = known[name]
-        for schedule in options.schedules:
-            process = diffjax.processes.ddpm(schedule=schedule)
-            begin = time.perf_counter()
-            model = train(options, name, space, process, images)
-            print(f"{name}, {schedule}: trained in {time.perf_counter() - begin:.0f} s", flush=True)
-            for sampler in SAMPLERS:
-                for steps in options.sampling_steps:
-                    for scale in options.scales:
-                        drawn = draw(model, process, space.shape, sampler, steps, scale, labels)
-                        if scale == 1.0 or scale == min((s for s in options.scales if s != 1.0), default=1.0):
-                            jax.block_until_ready(drawn(key).x)  # compiles; other scales are other numbers
-                        begin = time.perf_counter()
-                        sample = jax.block_until_ready(drawn(key))
-                        seconds = time.perf_counter() - begin
-                        found = np.clip(space.decode(np.asarray(sample.x)), -1.0, 1.0).astype(np.float32)
-                        measured = judge(found, judge.held_out.labels)
-                        nfe = int(sample.nfe[0])
-                        results.append(Result(name, schedule, sampler, steps, scale, nfe, seconds, measured))
-                        if scale == shown and steps == options.sampling_steps[-1]:
-                            pictures[f"{name}, {schedule}, {sampler}"] = found
+    shown = options.scales[len(options.scales) // 2], options.sampling_steps[-1]
+    models = list(itertools.product(options.spaces, options.schedules))
+    for name, schedule in run.over(models, "models"):
+        space, process = known[name], diffjax.processes.ddpm(schedule=schedule)
+        with run.clock(f"training, {name}, {schedule}"):
+            model = train(run, name, schedule, space, process, images)
+        cells = list(itertools.product(SAMPLERS, options.sampling_steps, options.scales))
+        compiled: set[tuple] = set()
+        for sampler, steps, scale in run.over(cells, f"{name}, {schedule}"):
+            setting = (options, judge, model, process, space, (sampler, steps, scale), compiled)
+            title = f"{name}, {schedule}, {sampler}"
+            nfe, seconds, found, drawn = run.part(
+                f"{title}, {steps} steps, scale {scale:g}", functools.partial(measured, *setting)
+            )
+            results.append(Result(name, schedule, sampler, steps, scale, nfe, seconds, found))
+            if (scale, steps) == shown:
+                pictures[title] = drawn
     return results, pictures
+
+
+def measured(
+    options: Options,
+    judge: digits.Judge,
+    model: digits.Model,
+    process: Process,
+    space: Space,
+    cell: tuple[str, int, float],
+    compiled: set[tuple],
+) -> tuple[int, float, dict[str, float], np.ndarray]:
+    """Evaluations, seconds, metrics and images of one cell; ``compiled`` remembers which programs there are."""
+    sampler, steps, scale = cell
+    key, labels = jax.random.key(options.seed + 2), jnp.asarray(judge.held_out.labels)
+    drawn = draw(model, process, space.shape, sampler, steps, scale, labels)
+    program = sampler, steps, scale == 1.0  # other scales are other numbers
+    if program not in compiled:
+        jax.block_until_ready(drawn(key).x)
+        compiled.add(program)
+    begin = time.perf_counter()
+    sample = jax.block_until_ready(drawn(key))
+    seconds = time.perf_counter() - begin
+    found = np.clip(space.decode(np.asarray(sample.x)), -1.0, 1.0).astype(np.float32)
+    return int(sample.nfe[0]), seconds, judge(found, judge.held_out.labels), found
 
 
 COLUMNS = ("accuracy", "frechet_distance", "mmd", "precision", "recall")
@@ -253,28 +286,28 @@ def plot(
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
     """Run with command-line arguments (default: those of the process); returns the grid."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.baselines", description=__doc__)
-    _plots.headless()
-    options.out.mkdir(parents=True, exist_ok=True)
-    begin = time.perf_counter()
-    splits = {name: data.load("digits", name) for name in ("train", "test")}
-    real, held_out = (digits.labelled(images) for images in splits.values())
-    count = len(held_out.labels) if options.samples is None else options.samples
-    index = np.linspace(0, len(held_out.labels) - 1, count).round().astype(int)
-    held_out = digits.Labelled(held_out.images[index], held_out.labels[index])
-    keys = jax.random.split(jax.random.key(options.seed + 1), 2)
-    classifier = _classifier.train(keys[0], splits["train"], options.classifier_steps, options.batch)
-    judge = digits.Judge(classifier, real, held_out, classifier(held_out.images)[1], keys[1])
-    latent = spaces(options, real.images)["latent"]
-    through = lambda images: np.clip(latent.decode(latent.encode(images)), -1, 1).astype(np.float32)
-    sets = [judge(through(part.images), part.labels) for part in digits.matching(real, held_out.labels)]
-    decoded = {name: float(np.mean([found[name] for found in sets])) for name in sets[0]}
-    floors = {"floor": judge.floor(), "decoded": decoded}
-    results, pictures = measure(options, splits["train"], judge)
-    plot(options, results, floors, pictures, held_out.labels)
-    print(write(options, results, floors))
-    print(f"{time.perf_counter() - begin:.0f} s; baselines.png, .csv and .md are in {options.out}/")
+    with _run.start(Options, arguments) as run:
+        options = run.options
+        images, real, held_out = digits.held_out_digits(options.samples)
+        keys = jax.random.split(jax.random.key(options.seed + 1), 2)
+        with run.clock("floors"):
+            classifier = _classifier.train(keys[0], images, options.classifier_steps, options.batch, run)
+            judge = digits.Judge(classifier, real, held_out, classifier(held_out.images)[1], keys[1])
+            floors = run.part("floors", lambda: {"floor": judge.floor(), "decoded": _decoded(options, judge)})
+        with run.clock("all models"):
+            results, pictures = measure(run, images, judge)
+        plot(options, results, floors, pictures, held_out.labels)
+        print(write(options, results, floors))
+        print(f"{run.clock}; baselines.png, .csv and .md are in {run.out}/")
     return results
+
+
+def _decoded(options: Options, judge: digits.Judge) -> dict[str, float]:
+    """The floor of images that went through the latents."""
+    latent = spaces(options, judge.training.images)["latent"]
+    through = lambda images: np.clip(latent.decode(latent.encode(images)), -1, 1).astype(np.float32)
+    sets = [judge(through(part.images), part.labels) for part in digits.matching(judge.training, judge.held_out.labels)]
+    return {name: float(np.mean([found[name] for found in sets])) for name in sets[0]}
 
 
 if __name__ == "__main__":

@@ -19,27 +19,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 import diffjax
 from diffjax import data, metrics, networks, training
 from diffjax.levels import Array, Grid, Sample, Solver
-from experiments import _classifier, _plots, _solvers
+from experiments import _classifier, _plots, _run, _solvers
 
 CLASSES, IMAGE = 10, (8, 8, 1)
 PROCESS = diffjax.processes.flow()
 SCALES = (1.0, 2.0)
+TINY = (
+    *("--steps", "4", "--batch", "16", "--channels", "8", "--save-every", "2", "--samples", "16"),
+    *("--sampling-steps", "3", "--classifier-steps", "3", "--solvers", "ddim", "--nfe", "2", "4"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +61,6 @@ class Options:
     """Probability of hiding the class in training, for classifier-free guidance."""
     ema: float = 0.995
     """Decay of the moving average of the parameters, which is what is sampled."""
-    resume: bool = False
-    """Go on from the newest checkpoint in the output folder."""
     save_every: int = 500
     """Training steps between checkpoints."""
     solver: str = "dpmpp"
@@ -151,8 +150,8 @@ def matching(real: Labelled, labels: np.ndarray) -> list[Labelled]:
     return sets
 
 
-def train(options: Options, images: data.Images) -> Model:
-    """Train, or go on training, on all devices; returns the averaged parameters."""
+def train(options: Options, images: data.Images, resume: bool = False, report: Any = None) -> Model:
+    """Train, or go on training, on all devices; returns the averaged parameters.  ``report`` as for `training.fit`."""
     key = jax.random.key(options.seed)
     network = networks.UNet(
         IMAGE,
@@ -175,7 +174,8 @@ def train(options: Options, images: data.Images) -> Model:
         data.batches(images, options.batch, seed=options.seed, shard_index=host, shard_count=hosts),
         steps=options.steps,
         folder=options.out,
-        resume=options.resume,
+        resume=resume,
+        report=report,
         save_every=options.save_every,
         config=json.loads(json.dumps(dataclasses.asdict(options), default=str)),
         architecture=networks.architecture(apply),
@@ -225,24 +225,30 @@ def images_of(sample: Sample) -> np.ndarray:
 FAMILIAR = ("ddim", "dpmpp", "unipc", "deis", "heun", "ancestral", "sde_dpmpp", "sa_solver")
 
 
-def solver_curves(options: Options, model: Model, judge: Judge, key: Array) -> dict[str, dict[str, list[float]]]:
+def solver_curves(run: _run.Run[Options], model: Model, judge: Judge, key: Array) -> dict[str, dict[str, list[float]]]:
     """Frechet distance against network evaluations, solver after solver until the time is spent."""
+    options = run.options
     solvers = _solvers.public(options.solvers)
     known = [name for name in FAMILIAR if name in solvers]
     rest = [name for name in families_first(list(solvers)) if name not in known]
     order = list(options.solvers) or known + rest
     labels, curves = judge.held_out.labels, {}
-    begin = time.perf_counter()
-    for name in tqdm(order, desc="solvers", unit="solver", dynamic_ncols=True):
-        if curves and not options.solvers and time.perf_counter() - begin > options.solver_seconds:
-            break
-        solver = solvers[name]
+
+    def curve(solver: Solver) -> dict[str, Any]:
         grids = _solvers.grids(solver, lambda steps: diffjax.grids.uniform(PROCESS, steps), options.nfe)
         nfe = [_solvers.evaluations(solver, grid) for grid in grids.values()]
         program = _solvers.padded(solver, max(nfe, default=1) // solver.calls)  # one for all numbers of steps
         drawn = [images_of(generate(model, program, grid, labels, key)) for grid in grids.values()]
         distances = [judge(images, labels)["frechet_distance"] for images in drawn]
-        curves[name] = {"nfe": nfe, "frechet_distance": distances}
+        for count, distance in zip(nfe, distances, strict=True):
+            run.log(count, frechet_distance=distance)
+        return {"nfe": nfe, "frechet_distance": distances}
+
+    begin = time.perf_counter()
+    for name in run.over(order, "solvers"):
+        if curves and not options.solvers and time.perf_counter() - begin > options.solver_seconds:
+            break
+        curves[name] = run.part(f"solver {name}", lambda solver=solvers[name]: curve(solver))
     if len(curves) < len(order):
         print(f"solvers.png shows {len(curves)} of {len(order)} solvers; --solver-seconds or --solvers for others")
     return curves
@@ -329,19 +335,6 @@ def plot_solvers(options: Options, curves: dict[str, dict[str, list[float]]], fl
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Seconds spent in each phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - begin, 1)
-
-
 def table(columns: dict[str, dict[str, float]]) -> str:
     """Metrics as rows, aligned."""
     names = next(iter(columns.values()))
@@ -350,39 +343,52 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def held_out_digits(count: int | None) -> tuple[data.Images, Labelled, Labelled]:
+    """The training split as a source, its images, and ``count`` held-out ones, evenly taken (default: all)."""
+    splits = {name: data.load("digits", name) for name in ("train", "test")}
+    real, held_out = (labelled(images) for images in splits.values())
+    count = len(held_out.labels) if count is None else count
+    index = np.linspace(0, len(held_out.labels) - 1, count).round().astype(int)
+    return splits["train"], real, Labelled(held_out.images[index], held_out.labels[index])
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run with command-line arguments (default: those of the process); returns what metrics.json holds."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.digits", description=__doc__)
-    _plots.headless()
-    known = training.checkpoint.steps(options.out)
-    if known and not options.resume:
-        raise SystemExit(f"{options.out} has checkpoints of steps {known}: add --resume, or choose another --out.")
-    solver = _solvers.public((options.solver,))[options.solver]
-    options.out.mkdir(parents=True, exist_ok=True)
-    keys = jax.random.split(jax.random.key(options.seed + 1), 5)
-    clock = Clock()
-    with clock("data"):
-        splits = {name: data.load("digits", name) for name in ("train", "test")}
-        real, held_out = (labelled(images) for images in splits.values())
-        count = len(held_out.labels) if options.samples is None else options.samples
-        index = np.linspace(0, len(held_out.labels) - 1, count).round().astype(int)
-        held_out = Labelled(held_out.images[index], held_out.labels[index])
-    with clock("training"):
-        model = train(options, splits["train"])
-    grid = diffjax.grids.uniform(PROCESS, options.sampling_steps)
-    with clock("sampling"):
-        drawn = {scale: images_of(generate(model, solver, grid, held_out.labels, keys[0], scale)) for scale in SCALES}
-    with clock("evaluation"):
-        classifier = _classifier.train(keys[1], splits["train"], options.classifier_steps, options.batch)
-        judge = Judge(classifier, real, held_out, classifier(held_out.images)[1], keys[2])
-        columns = {f"scale {scale:g}": judge(images, held_out.labels) for scale, images in drawn.items()}
-        columns["floor"] = judge.floor()
-    with clock("solvers"):
-        curves = solver_curves(options, model, judge, keys[3])
-    with clock("pictures"):
-        plot_samples(options, held_out, drawn)
-        plot_denoising(options, model, keys[4])
-        plot_solvers(options, curves, columns["floor"]["frechet_distance"])
+    with _run.start(Options, arguments, may_change=("steps",)) as run:
+        options, clock = run.options, run.clock
+        solver = _solvers.public((options.solver,))[options.solver]
+        keys = jax.random.split(jax.random.key(options.seed + 1), 5)
+        with clock("data"):
+            images, real, held_out = held_out_digits(options.samples)
+        with clock("training"):
+            model = train(options, images, run.resume, run.log)
+        grid = diffjax.grids.uniform(PROCESS, options.sampling_steps)
+        draw = lambda scale: images_of(generate(model, solver, grid, held_out.labels, keys[0], scale))
+        with clock("sampling"):
+            drawn = run.part("samples", lambda: {scale: draw(scale) for scale in SCALES})
+        with clock("evaluation"):
+            classifier = _classifier.train(keys[1], images, options.classifier_steps, options.batch, run)
+            judge = Judge(classifier, real, held_out, classifier(held_out.images)[1], keys[2])
+            columns = run.part("metrics", lambda: _columns(judge, drawn))
+        with clock("solvers"):
+            curves = solver_curves(run, model, judge, keys[3])
+        with clock("pictures"):
+            plot_samples(options, held_out, drawn)
+            plot_denoising(options, model, keys[4])
+            plot_solvers(options, curves, columns["floor"]["frechet_distance"])
+        return _finish(run, model, columns, curves, len(held_out.labels))
+
+
+def _columns(judge: Judge, drawn: dict[float, np.ndarray]) -> dict[str, dict[str, float]]:
+    """All metrics of each scale's images, and their floor."""
+    columns = {f"scale {scale:g}": judge(images, judge.held_out.labels) for scale, images in drawn.items()}
+    return {**columns, "floor": judge.floor()}
+
+
+def _finish(
+    run: _run.Run[Options], model: Model, columns: dict[str, Any], curves: dict[str, Any], count: int
+) -> dict[str, Any]:
+    """Write metrics.json and say what came out."""
     ratio = columns["scale 1"]["frechet_distance"] / columns["floor"]["frechet_distance"]
     result = {
         "metrics": columns,
@@ -390,18 +396,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "samples": count,
         "parameters": networks.count(model.params),
         "devices": f"{jax.device_count()} {jax.default_backend()}",
-        "seconds": clock.seconds,
+        "seconds": run.clock.seconds,
         "solvers": curves,
-        "options": dataclasses.asdict(options),
+        "options": dataclasses.asdict(run.options),
     }
-    (options.out / "metrics.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+    (run.out / "metrics.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
     print(table(columns))
-    print(
-        f"\n{networks.count(model.params):,} parameters, {count} images;"
-        f" Frechet distance at scale 1: {ratio:.2f} times its floor"
-    )
-    print("seconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in clock.seconds.items()))
-    print(f"pictures and metrics.json are in {options.out}/")
+    print(f"\n{networks.count(model.params):,} parameters, {count} images;", end=" ")
+    print(f"Frechet distance at scale 1: {ratio:.2f} times its floor")
+    print(run.clock)
+    print(f"pictures and metrics.json are in {run.out}/")
     return result
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,13 +25,18 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 
 import diffjax
 from diffjax.levels import Solver
-from experiments import _plots, _solvers
-from experiments._problems import data, distance, exact_flow, run
+from experiments import _plots, _run, _solvers
+from experiments._problems import data, distance, exact_flow
+from experiments._problems import run as walk
+
+TINY = (
+    *("--trajectories", "16", "--samples", "200", "--nfe", "16", "32", "64"),
+    *("--solvers", "ddim", "dpmpp", "ancestral"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +69,9 @@ class Curve(NamedTuple):
     errors: dict[int, float]
 
 
-def measure(options: Options, deterministic: bool) -> tuple[dict[str, Curve], float]:
+def measure(run: _run.Run[Options], deterministic: bool) -> tuple[dict[str, Curve], float]:
     """The curves of the deterministic or of the stochastic solvers, and the floor of their errors."""
+    options = run.options
     denoise, process = data(), getattr(diffjax.processes, options.process)()
     spacing = getattr(diffjax.grids, options.grid)
     keys = jax.random.split(jax.random.key(options.seed), 5)
@@ -83,14 +89,21 @@ def measure(options: Options, deterministic: bool) -> tuple[dict[str, Curve], fl
             return float(np.sqrt(np.mean(np.sum((found - target) ** 2, axis=-1))))
         return distance(keys[3], found, target)
 
-    curves = {}
-    for name, solver in _solvers.public(options.solvers).items():
-        if (solver.draws == 0) == deterministic:
-            grids = _solvers.grids(solver, lambda steps: spacing(process, steps), options.nfe, least=3)
-            nfe = {budget: _solvers.evaluations(solver, grid) for budget, grid in grids.items()}
-            program = _solvers.padded(solver, max(nfe.values(), default=1) // solver.calls)
-            found = {budget: run(keys[4], denoise, program, grid, x) for budget, grid in grids.items()}
-            curves[name] = Curve(solver, nfe, {budget: error(np.asarray(x)) for budget, x in found.items()})
+    def curve(solver: Solver) -> tuple[dict[int, int], dict[int, float]]:
+        grids = _solvers.grids(solver, lambda steps: spacing(process, steps), options.nfe, least=3)
+        nfe = {budget: _solvers.evaluations(solver, grid) for budget, grid in grids.items()}
+        program = _solvers.padded(solver, max(nfe.values(), default=1) // solver.calls)
+        found = {budget: walk(keys[4], denoise, program, grid, x) for budget, grid in grids.items()}
+        errors = {budget: error(np.asarray(x)) for budget, x in found.items()}
+        for budget, value in errors.items():
+            run.log(budget, error=value)
+        return nfe, errors
+
+    solvers, curves = _solvers.public(options.solvers), {}
+    chosen = [name for name, solver in solvers.items() if (solver.draws == 0) == deterministic]
+    for name in run.over(chosen, "deterministic" if deterministic else "stochastic"):
+        nfe, errors = run.part(name, lambda solver=solvers[name]: curve(solver))
+        curves[name] = Curve(solvers[name], nfe, errors)
     return curves, floor
 
 
@@ -159,20 +172,17 @@ def _guides(axes: Axes, curves: dict[str, Curve]) -> None:
     axes.set_ylim(low, high)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run with command-line arguments (default: those of the process)."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.mixture", description=__doc__)
-    _plots.headless()
-    options.out.mkdir(parents=True, exist_ok=True)
-    begin = time.perf_counter()
-    with jax.enable_x64(True):  # errors of 1e-7 are to be seen
-        deterministic, _ = measure(options, True)
-        stochastic, floor = measure(options, False)
-    print(write_table(options, deterministic | stochastic))
-    plot(options, deterministic, stochastic, floor)
-    print(
-        f"floor of the sliced Wasserstein distance {floor:.2e}; {time.perf_counter() - begin:.0f} s; see {options.out}/"
-    )
+    with _run.start(Options, arguments) as run:
+        options = run.options
+        with jax.enable_x64(True), run.clock("solvers"):  # errors of 1e-7 are to be seen
+            deterministic, _ = measure(run, True)
+            stochastic, floor = measure(run, False)
+        print(write_table(options, deterministic | stochastic))
+        with run.clock("picture"):
+            plot(options, deterministic, stochastic, floor)
+        print(f"floor of the sliced Wasserstein distance {floor:.2e}; {run.clock}; see {run.out}/")
 
 
 if __name__ == "__main__":

@@ -25,13 +25,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import diffjax
 from diffjax import data, training
 from diffjax.levels import Array
 from diffjax.samplers.advice import thinned
-from experiments import _classifier, _parallel_page, _plots, digits
+from experiments import _classifier, _parallel_page, _run, digits
 from experiments._sweeps import Problem, Program, Run, error, last_error, trace
 
 SOLVERS = {
@@ -51,6 +50,9 @@ SWEEPS: dict[str, dict[str, Any]] = {
 ONE_SWEEP = ("picard", "exponential", "gaussian")  # that are the same whatever was before
 KINDS = (("ddim", "picard"), ("ancestral", "picard"), ("ancestral", "gaussian"))
 TOLERANCES = (1.0, 0.1, 1e-2, 1e-3)
+
+
+TINY = ("--quick", "--digits", "runs/none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,13 +253,14 @@ class Bench:
         return found
 
 
-def quality(options: Options, problem: Problem) -> list[dict[str, Any]]:
+def quality(run: _run.Run[Options], problem: Problem) -> list[dict[str, Any]]:
     """Accuracy and Frechet distance of sequential and parallel digits for the same keys, and of fewer steps."""
+    options = run.options
     train, test = (digits.labelled(data.load("digits", part)) for part in ("train", "test"))
     index = np.linspace(0, len(test.labels) - 1, options.samples).round().astype(int)
     held_out = digits.Labelled(test.images[index], test.labels[index])
     keys = jax.random.split(jax.random.key(options.seed + 1), 3)
-    classifier = _classifier.train(keys[0], data.load("digits", "train"), options.classifier_steps, 128)
+    classifier = _classifier.train(keys[0], data.load("digits", "train"), options.classifier_steps, 128, run)
     judge = digits.Judge(classifier, train, held_out, classifier(held_out.images)[1], keys[1])
     draws = jax.random.split(keys[2], options.samples)
     grid, rows, images = problem.grid(options.steps), [], {}
@@ -285,43 +288,46 @@ def quality(options: Options, problem: Problem) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(options: Options, clock: digits.Clock) -> dict[str, Any]:
-    """Everything on the page."""
-    results: dict[str, Any] = {"steps": options.steps, "tol": options.tol}
+def measure(run: _run.Run[Options]) -> dict[str, Any]:
+    """Everything on the page, a part each."""
+    options, results = run.options, {}
     kinds = [(name, sweep) for name, sweep in KINDS if name in options.solvers and sweep in options.sweeps]
     for problem in (digits_problem(options), mixture_problem(options)):
-        found: dict[str, Any] = {"title": problem.title}
-        bench = Bench(options, problem)
-        wide = min(50, options.steps)
-        with clock(f"{problem.name}: rounds"):
-            found["traces"] = bench.traces(options.solvers, min(100, options.steps))
-        with clock(f"{problem.name}: tolerances"):
-            chosen = ("ddim", "ancestral") if problem.name == "digits" else ("ancestral",)
-            names = [name for name in chosen if name in options.solvers]
-            found["tolerances"] = [point for name in names for point in bench.tolerances(name, wide)]
-        with clock(f"{problem.name}: steps"):
-            window = wide if problem.name == "digits" else None
-            found["grids"] = [point for kind in kinds for point in bench.grids(kind[0], window, kind[1])]
-            found["sequential"] = [
-                {"solver": name, "steps": steps, "seconds": bench.exact(name, steps).seconds}
-                for name in dict.fromkeys(name for name, _ in kinds)
-                for steps in options.grids
-            ]
-            found["fewer"] = bench.fewer()
-        if problem.name == "digits":
-            with clock("digits: windows"):
-                found["windows"] = [point for kind in kinds[::2] for point in bench.windows(*kind)]
-            with clock("digits: other samplers"):
-                found["others"] = bench.others()
-                found["speculative"] = bench.speculations() if "ancestral" in options.solvers else []
-            with clock("digits: batches"):
-                sizes = (4,) if options.quick else (8, 32)
-                found["batches"] = bench.batches("ddim", sizes)
-            if options.samples:
-                with clock("digits: quality"):
-                    found["quality"] = quality(options, problem)
-        results[problem.name] = found
-    return results
+        measurements = _measurements(run, problem, Bench(options, problem), kinds)
+        results[problem.name] = {"title": problem.title}
+        for name in run.over(list(measurements), problem.name):
+            with run.clock(f"{problem.name}: {name}"):
+                results[problem.name][name] = run.part(f"{problem.name}, {name}", measurements[name])
+    return {"steps": options.steps, "tol": options.tol, **results}
+
+
+def _measurements(
+    run: _run.Run[Options], problem: Problem, bench: Bench, kinds: Sequence[tuple[str, str]]
+) -> dict[str, Callable[[], Any]]:
+    """What is to be measured on a problem, by name."""
+    options = run.options
+    trained, wide = problem.name == "digits", min(50, options.steps)
+    names = [name for name in (("ddim", "ancestral") if trained else ("ancestral",)) if name in options.solvers]
+    window = wide if trained else None
+    found: dict[str, Callable[[], Any]] = {
+        "traces": lambda: bench.traces(options.solvers, min(100, options.steps)),
+        "tolerances": lambda: [point for name in names for point in bench.tolerances(name, wide)],
+        "grids": lambda: [point for kind in kinds for point in bench.grids(kind[0], window, kind[1])],
+        "sequential": lambda: [
+            {"solver": name, "steps": steps, "seconds": bench.exact(name, steps).seconds}
+            for name in dict.fromkeys(name for name, _ in kinds)
+            for steps in options.grids
+        ],
+        "fewer": bench.fewer,
+    }
+    if trained:
+        found["windows"] = lambda: [point for kind in kinds[::2] for point in bench.windows(*kind)]
+        found["others"] = bench.others
+        found["speculative"] = lambda: bench.speculations() if "ancestral" in options.solvers else []
+        found["batches"] = lambda: bench.batches("ddim", (4,) if options.quick else (8, 32))
+        if options.samples:
+            found["quality"] = lambda: quality(run, problem)
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
@@ -340,20 +346,16 @@ def table(results: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run with command-line arguments (default: those of the process); returns what parallel.json holds."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.parallel", description=__doc__)
-    if options.quick:
-        options = dataclasses.replace(options, **QUICK)
-    _plots.headless()
-    options.out.mkdir(parents=True, exist_ok=True)
-    clock = digits.Clock()
-    results = measure(options, clock)
-    with clock("picture"):
-        _parallel_page.draw(results, options.out / "parallel.png")
-    results |= {"device": jax.devices()[0].device_kind, "seconds": clock.seconds}
-    (options.out / "parallel.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
-    print(table(results))
-    print("\nseconds: " + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in clock.seconds.items()))
-    print(f"parallel.png and parallel.json are in {options.out}/")
+    few = lambda options: dataclasses.replace(options, **QUICK) if options.quick else options
+    with _run.start(Options, arguments, resolve=few) as run:
+        results = measure(run)
+        with run.clock("picture"):
+            _parallel_page.draw(results, run.out / "parallel.png")
+        results |= {"device": jax.devices()[0].device_kind, "seconds": run.clock.seconds}
+        (run.out / "parallel.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
+        print(table(results))
+        print(f"\n{run.clock}")
+        print(f"parallel.png and parallel.json are in {run.out}/")
     return results
 
 

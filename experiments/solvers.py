@@ -23,7 +23,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +31,18 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 
 import diffjax
 from diffjax import training
 from diffjax.levels import Array, Grid, Process, Solver
-from experiments import _plots, _solvers, digits
-from experiments._problems import data, distance, exact_flow, moments, run
+from experiments import _plots, _run, _solvers, digits
+from experiments._problems import data, distance, exact_flow, moments
+from experiments._problems import run as walk
+
+TINY = (
+    *("--trajectories", "8", "--samples", "64", "--nfe", "8", "16", "--digits", "runs/none"),
+    *("--solvers", "ddim", "dpmpp", "sde_dpmpp"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +109,7 @@ def gaussian(options: Options) -> Problem:
     def error(solver: Solver, grid: Grid, padded: Solver) -> float:
         if solver.draws:
             return bures(*moments(solver, grid, mean, covariance), *exact)
-        return _rms(run(jax.random.key(0), denoise, padded, grid, x), target)
+        return _rms(walk(jax.random.key(0), denoise, padded, grid, x), target)
 
     title = "Correlated Gaussian, four dimensions: VP process, log-SNR grid"
     return Problem("gaussian", title, denoise, grid, error, options.nfe, law="2-Wasserstein distance (exact)")
@@ -164,8 +169,8 @@ def _exact(name: str, title: str, options: Options, denoise: Any, process: Proce
 
     def error(solver: Solver, grid: Grid, padded: Solver) -> float:
         if solver.draws:
-            return distance(keys[2], np.asarray(run(keys[3], denoise, padded, grid, many)), reference)
-        return _rms(run(keys[3], denoise, padded, grid, x), target)
+            return distance(keys[2], np.asarray(walk(keys[3], denoise, padded, grid, many)), reference)
+        return _rms(walk(keys[3], denoise, padded, grid, x), target)
 
     return Problem(name, title, denoise, grid, error, options.nfe, floor)
 
@@ -205,20 +210,26 @@ def fitting(solver: Solver, problem: Problem) -> Iterator[tuple[int, Grid, int]]
                 break
 
 
-def measure(options: Options, problem: Problem) -> dict[str, Curve]:
+def measure(run: _run.Run[Options], problem: Problem) -> dict[str, Curve]:
     """The curve of every solver; those that the digits' time does not reach are left out."""
-    solvers = _solvers.public(options.solvers)
+    options, solvers = run.options, _solvers.public(run.options.solvers)
     timed = problem.name == "digits" and not options.solvers
+
+    def points(solver: Solver) -> dict[int, tuple[int, float]]:
+        grids = list(fitting(solver, problem))
+        program = _solvers.padded(solver, max((rows for *_, rows in grids), default=1))
+        found = {asked: (rows * solver.calls, problem.error(solver, grid, program)) for asked, grid, rows in grids}
+        for nfe, error in found.values():
+            run.log(nfe, error=error)
+        return found
+
     begin, curves = time.perf_counter(), {}
-    for name in digits.families_first(list(solvers)) if timed else solvers:
+    for name in run.over(digits.families_first(list(solvers)) if timed else list(solvers), problem.name):
         if timed and time.perf_counter() - begin > options.digits_seconds:
             print(f"digits: {len(curves)} of {len(solvers)} solvers; --digits-seconds or --solvers for others")
             break
         solver = solvers[name]
-        grids = list(fitting(solver, problem))
-        program = _solvers.padded(solver, max((rows for *_, rows in grids), default=1))
-        points = {asked: (rows * solver.calls, problem.error(solver, grid, program)) for asked, grid, rows in grids}
-        curves[name] = Curve(solver, points)
+        curves[name] = Curve(solver, run.part(f"{problem.name}, {name}", lambda solver=solver: points(solver)))
     return curves
 
 
@@ -311,29 +322,23 @@ def plot(options: Options, problem: Problem, curves: dict[str, Curve]) -> None:
         _plots.save(figure, options.out / f"{problem.name}.png")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run with command-line arguments (default: those of the process)."""
-    options = tyro.cli(Options, args=arguments, prog="python -m experiments.solvers", description=__doc__)
-    _plots.headless()
-    options.out.mkdir(parents=True, exist_ok=True)
-    begin, results, seconds = time.perf_counter(), {}, {}
-    for name in options.problems:
-        if name not in PROBLEMS:
-            raise ValueError(f"problems must be among {list(PROBLEMS)}, got {name!r}.")
-        if name == "digits" and not training.checkpoint.steps(options.digits):
-            print(
-                f"digits: skipped, there is no checkpoint in {options.digits}; `python -m experiments.digits` makes one"
-            )
-            continue
-        since = time.perf_counter()
-        with jax.enable_x64(name != "digits"):
-            problem = PROBLEMS[name](options)
-            results[name] = problem, measure(options, problem)
-        plot(options, *results[name])
-        seconds[name] = time.perf_counter() - since
-    print(write(options, results))
-    print(", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items()), end="; ")
-    print(f"{time.perf_counter() - begin:.0f} s in all; see {options.out}/")
+    with _run.start(Options, arguments) as run:
+        options, results = run.options, {}
+        for name in options.problems:
+            if name not in PROBLEMS:
+                raise ValueError(f"problems must be among {list(PROBLEMS)}, got {name!r}.")
+            if name == "digits" and not training.checkpoint.steps(options.digits):
+                made = "`python -m experiments.digits` makes one"
+                print(f"digits: skipped, there is no checkpoint in {options.digits}; {made}")
+                continue
+            with jax.enable_x64(name != "digits"), run.clock(name):
+                problem = PROBLEMS[name](options)
+                results[name] = problem, measure(run, problem)
+            plot(options, *results[name])
+        print(write(options, results))
+        print(f"{run.clock}; see {run.out}/")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
-"""The experiments run as a user runs them, in small; what they measure is measured elsewhere."""
+"""The experiments run as a user runs them, in small; what they measure is measured elsewhere.
 
+Every experiment that is found in the folder is killed, resumed and run to its end with its own ``TINY`` arguments; if
+there is a function ``check_NAME(folder, result, output)`` here, it looks at what came out.
+"""
+
+import importlib
 import json
 
 import jax
@@ -8,27 +13,58 @@ import numpy as np
 import pytest
 
 import diffjax
-from diffjax import data, training
+from diffjax import training
 from diffjax.solvers import ddim
 from experiments import __main__ as listing
-from experiments import _solvers, baselines, digits, mixture, parallel, solvers
+from experiments import _run, _solvers, baselines, digits, mixture, solvers
 from experiments._problems import moments
 
-TINY = [
-    *("--batch", "16", "--channels", "8", "--save-every", "2", "--samples", "16", "--sampling-steps", "3"),
-    *("--classifier-steps", "3", "--solvers", "ddim", "--nfe", "2", "4"),
-]
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
 
 
 @pytest.mark.slow
-def test_digits_trains_resumes_and_writes_its_results(tmp_path):
-    folder, images = tmp_path / "run", data.load("digits", "train")
-    options = digits.Options(steps=2, batch=16, channels=(8,), out=folder)
-    digits.train(options, images)  # a run that was stopped
+@pytest.mark.parametrize("name", [entry.name for entry in listing.entries()])
+def test_every_experiment_can_be_killed_and_resumed(name, tmp_path, monkeypatch, capsys):
+    """Killed when its second part is about to be made; resumed, the first is read back and the rest is made."""
+    module, part, made = importlib.import_module(f"experiments.{name}"), _run.Run.part, []
+
+    def watched(self, title, make):
+        def counted():
+            if len(made) == limit:
+                raise Killed
+            made.append(title)
+            return make()
+
+        return part(self, title, counted)
+
+    monkeypatch.setattr(_run.Run, "part", watched)
+    monkeypatch.chdir(tmp_path)  # what is not told where to go is seen
+    folder, arguments, limit = tmp_path / "run", [*module.TINY, "--out", "run"], 1
+    with pytest.raises(Killed):
+        module.main(arguments)
+    output = capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["experiment"] == name
+    assert all(f"  {field}: " in output for field in (*config["options"], "out"))
     with pytest.raises(SystemExit, match="--resume"):
-        digits.main([*TINY, "--steps", "4", "--out", str(folder)])
-    digits.main([*TINY, "--steps", "4", "--out", str(folder), "--resume"])
+        module.main(arguments)
+    first, limit = (folder / "parts" / f"{_run.slug(made[0])}.json").read_bytes(), None
+    result = module.main([*arguments, "--resume"])
+    assert len(made) == len(set(made))  # what was finished is not made again
+    assert (folder / "parts" / f"{_run.slug(made[0])}.json").read_bytes() == first
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["part"] for line in lines if "seconds" in line and "step" not in line and "part" in line] == made
+    assert lines[-1]["finished"] and any((folder / "tensorboard").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    globals().get(f"check_{name}", lambda *_: None)(folder, result, output)
+
+
+def check_digits(folder, result, output):
     assert training.checkpoint.steps(folder)[-1] == 4
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert "loss" in next(line for line in lines if line.get("step") == 4)
     stored = json.loads((folder / "metrics.json").read_text())
     for name, column in stored["metrics"].items():
         assert len(column) == 7
@@ -51,16 +87,14 @@ def test_sets_that_match_have_the_labels_and_are_disjoint():
     assert len(np.unique([each.images for each in sets])) == 20
 
 
-def test_mixture_finds_the_order_of_the_solvers(tmp_path):
-    names = ["ddim", "dpmpp", "ancestral"]
-    small = ["--trajectories", "16", "--samples", "200", "--nfe", "16", "32", "64", "--out", str(tmp_path)]
-    mixture.main([*small, "--solvers", *names])
-    header, *rows = [line.split(",") for line in (tmp_path / "mixture.csv").read_text().splitlines()]
-    assert header[-1] == "NFE 64" and [row[0] for row in rows] == names[:2] + names[2:]
+def check_mixture(folder, result, output):
+    """The order of the solvers."""
+    header, *rows = [line.split(",") for line in (folder / "mixture.csv").read_text().splitlines()]
+    assert header[-1] == "NFE 64" and [row[0] for row in rows] == ["ddim", "dpmpp", "ancestral"]
     errors = {row[0]: np.array(row[5:], float) for row in rows}
     assert 1.3 < errors["ddim"][1] / errors["ddim"][2] < 3
     assert 3 < errors["dpmpp"][1] / errors["dpmpp"][2] < 6
-    assert (tmp_path / "mixture.png").stat().st_size > 5000
+    assert (folder / "mixture.png").stat().st_size > 5000
 
 
 def test_padded_plans_change_nothing(x64):
@@ -107,25 +141,21 @@ def test_unknown_solvers_are_refused(tmp_path):
         mixture.main(["--solvers", "nonsense", "--out", str(tmp_path)])
 
 
-def test_solvers_are_ranked_on_every_exact_problem(tmp_path, capsys):
-    names = ["ddim", "dpmpp", "sde_dpmpp"]
-    small = ["--trajectories", "8", "--samples", "64", "--nfe", "8", "16", "--digits", str(tmp_path / "none")]
-    solvers.main([*small, "--solvers", *names, "--out", str(tmp_path)])
-    assert "digits: skipped" in capsys.readouterr().out
-    header, *rows = [line.split(",") for line in (tmp_path / "solvers.csv").read_text().splitlines()]
-    assert header[-1] == "NFE 16" and len(rows) == 3 * len(names)
+def check_solvers(folder, result, output):
+    """Ranked on every exact problem."""
+    header, *rows = [line.split(",") for line in (folder / "solvers.csv").read_text().splitlines()]
+    assert header[-1] == "NFE 16" and len(rows) == 3 * 3
     errors = {(row[0], row[1]): np.array(row[6:], float) for row in rows}
     for problem in ("gaussian", "mixture", "edm"):
         assert errors[problem, "dpmpp"][1] < errors[problem, "ddim"][1]
         assert np.all(np.isfinite(errors[problem, "sde_dpmpp"]))
-        assert (tmp_path / f"{problem}.png").stat().st_size > 5000
-    assert "| deterministic, 1 | " in (tmp_path / "solvers.md").read_text()
+        assert (folder / f"{problem}.png").stat().st_size > 5000
+    assert "| deterministic, 1 | " in (folder / "solvers.md").read_text()
 
 
-def test_parallel_sampling_is_measured_and_drawn(tmp_path, capsys):
-    parallel.main(["--quick", "--digits", str(tmp_path / "none"), "--out", str(tmp_path)])
-    assert "stands in" in capsys.readouterr().out  # there is no trained model
-    found = json.loads((tmp_path / "parallel.json").read_text())
+def check_parallel(folder, result, output):
+    assert "stands in" in output  # there is no trained model
+    found = json.loads((folder / "parallel.json").read_text())
     for problem in ("digits", "mixture"):
         for line in found[problem]["traces"]:
             errors = line["errors"]
@@ -138,7 +168,7 @@ def test_parallel_sampling_is_measured_and_drawn(tmp_path, capsys):
     assert wide["rounds"] <= narrow["rounds"] and wide["inflation"] > narrow["inflation"] > 1
     assert [entry["name"] for entry in found["digits"]["others"]] == ["parareal"]
     assert found["digits"]["others"][0]["last"] < 1e-4
-    assert (tmp_path / "parallel.png").stat().st_size > 5000
+    assert (folder / "parallel.png").stat().st_size > 5000
 
 
 def test_the_distance_of_gaussians_is_that_of_their_quantiles():
@@ -155,20 +185,15 @@ def test_moments_of_a_deterministic_solver_are_those_of_its_flow():
     np.testing.assert_allclose(covariance, grid.s.sigma[-1] ** 2 * np.eye(2), rtol=1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.paper("Enhancing Diffusion Models for High-Quality Image Generation")
-def test_baselines_fill_their_grid(tmp_path):
+def check_baselines(folder, results, output):
     """Both samplers, on latents here: every cell is measured, guidance costs twice, and the table has them all."""
-    small = ["--steps", "3", "--batch", "16", "--width", "16", "--samples", "20", "--classifier-steps", "3"]
-    grid = ["--scales", "1.0", "2.0", "--sampling-steps", "2", "3", "--spaces", "latent", "--schedules", "cosine"]
-    results = baselines.main([*small, *grid, "--out", str(tmp_path)])
     cells = {(r.sampler, r.steps, r.scale): r for r in results}
     assert set(cells) == {(name, n, w) for name in ("DDPM", "DDIM") for n in (2, 3) for w in (1.0, 2.0)}
     for (_, steps, scale), result in cells.items():
         assert result.nfe == steps * (2 if scale > 1 else 1) and result.seconds > 0
         assert np.all(np.isfinite(list(result.metrics.values())))
-    assert len((tmp_path / "baselines.csv").read_text().splitlines()) == 1 + len(cells) + 2
-    assert (tmp_path / "baselines.png").stat().st_size > 5000
+    assert len((folder / "baselines.csv").read_text().splitlines()) == 1 + len(cells) + 2
+    assert (folder / "baselines.png").stat().st_size > 5000
 
 
 def test_latents_are_principal_components():

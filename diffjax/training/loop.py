@@ -41,6 +41,7 @@ def fit(
     config: dict[str, Any] | None = None,
     architecture: dict[str, Any] | None = None,
     progress: bool = True,
+    report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainState:
     """Train until `state.step` is `steps`.
 
@@ -57,6 +58,7 @@ def fit(
         config, architecture: JSON objects stored with every checkpoint
             (`networks.architecture(apply)`); a stored architecture must equal the one given here.
         progress: a bar with the time left.
+        report: called as `report(step, {"loss": ..., ...})` with every line of metrics, for other logs.
 
     Returns:
         the state after the last step.
@@ -85,7 +87,7 @@ def fit(
             "pass resume=True to go on from them, or another folder"
         )
     first = int(state.step)
-    log = _Log(folder, first)
+    log = _Log(folder, first, report)
     saved = first if resumed else None
 
     def save() -> None:
@@ -146,7 +148,13 @@ def _resume(
 class _Log:
     """Metrics on their way from the device to `metrics.jsonl`."""
 
-    def __init__(self, folder: str | os.PathLike | None, first: int):
+    def __init__(
+        self,
+        folder: str | os.PathLike | None,
+        first: int,
+        report: Callable[[int, dict[str, float]], None] | None = None,
+    ):
+        self.report = report
         self.folder, self.waiting, self.recent = folder, deque(), []
         self.started, self.begun = time.perf_counter(), time.perf_counter()
         self.file = None
@@ -176,16 +184,17 @@ class _Log:
         now = time.perf_counter()
         rate = len(self.recent) / (now - self.started)
         self.recent, self.started = [], now
+        line = {
+            "loss": loss,
+            "gradient_norm": norm,
+            "steps_per_second": round(rate, 3),
+            "seconds": round(now - self.begun, 3),
+        }
         if self.file is not None:
-            line = {
-                "step": done,
-                "loss": loss,
-                "gradient_norm": norm,
-                "steps_per_second": round(rate, 3),
-                "seconds": round(now - self.begun, 3),
-            }
             with self.file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({"step": done, **line}) + "\n")
+        if self.report is not None:
+            self.report(done, line)
         return loss
 
 
