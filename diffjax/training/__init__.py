@@ -5,31 +5,51 @@ state = init(key, params, optimiser)
 state = fit(state, train_step(loss, optimiser), batches, steps=2000, folder="runs/digits")
 """
 
-from diffjax.training import checkpoint, ema
+from diffjax.training import checkpoint, couplings, ema, weightings
+from diffjax.training.adaptive import curriculum, importance, warped
+from diffjax.training.exposure import perturbed, scheduled_sampling, unrolled
 from diffjax.training.loop import fit
-from diffjax.training.losses import denoising, log_normal, logit_normal, uniform, unweighted, weight_limit
+from diffjax.training.losses import denoising
 from diffjax.training.optimiser import adam
 from diffjax.training.picard import picard_consistency, picard_iterates, picard_weights
+from diffjax.training.self_conditioning import self_conditioned, stacked
 from diffjax.training.step import Metrics, TrainState, data_mesh, init, train_step, update
+from diffjax.training.times import cosmap, log_normal, log_snr, logit_normal, mode, restricted, shifted, uniform
+from diffjax.training.weightings import unweighted, weight_limit
 
 __all__ = [
     "Metrics",
     "TrainState",
     "adam",
     "checkpoint",
+    "cosmap",
+    "couplings",
+    "curriculum",
     "data_mesh",
     "denoising",
     "ema",
     "fit",
+    "importance",
     "init",
     "log_normal",
+    "log_snr",
     "logit_normal",
+    "mode",
+    "perturbed",
     "picard_consistency",
     "picard_iterates",
     "picard_weights",
+    "restricted",
+    "scheduled_sampling",
+    "self_conditioned",
+    "shifted",
+    "stacked",
     "train_step",
     "uniform",
+    "unrolled",
     "unweighted",
     "update",
+    "warped",
     "weight_limit",
+    "weightings",
 ]
