@@ -208,6 +208,13 @@ def narrowed(level: Level) -> Array:
     return level.half_log_snr.reshape(level.time.shape)
 
 
+def key_at(key: Array, level: Level) -> Array:
+    """A key for a level, folded with the bits of its time: for denoisers that draw, which know no row's index."""
+    for time in jnp.asarray(level.time, jnp.float32).reshape(-1):
+        key = jax.random.fold_in(key, jax.lax.bitcast_convert_type(time, jnp.uint32))
+    return key
+
+
 def lowered(mask: Array, level: Level) -> Array:
     """A mask shaped like alpha as one shaped like the time: whether it is set for any of the noise levels there."""
     return mask.reshape(*level.time.shape, -1).any(-1)

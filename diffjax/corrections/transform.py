@@ -78,6 +78,9 @@ class Remembering:
     check = check_within
     evaluations = evaluations_within
 
+    def spent(self, level: Level, memory: Tree) -> Array:
+        return spent(self.denoise, level, memory)
+
 
 def check(denoise: Any, t: Level) -> None:
     """A denoiser's own check of the levels of a plan, where it has one."""
@@ -89,6 +92,15 @@ def evaluations(denoise: Any, level: Level) -> Array:
     """Network evaluations of a call."""
     own = getattr(denoise, "evaluations", None)
     return 1 if own is None else own(level)
+
+
+def spent(denoise: Any, level: Level, memory: Tree) -> Array:
+    """Network evaluations of the call at ``level`` that left ``memory``.
+
+    A denoiser that remembers and makes fewer calls sometimes has a ``spent(level, memory)`` that tells how many.
+    """
+    own = getattr(denoise, "spent", None)
+    return evaluations(denoise, level) if own is None else own(level, memory)
 
 
 def noise_estimate(x: Array, x0: Array, level: Level) -> Array:

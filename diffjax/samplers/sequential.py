@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax.corrections.transform import spent
 from diffjax.levels import (
     CLEAN,
     Array,
@@ -238,8 +239,7 @@ class Counter:
         expected, found = (jax.tree.map(jnp.shape, tree) for tree in (x, x0))
         if expected != found:
             raise ValueError(f"denoise returned shape {found} for a state of shape {expected}; they must be equal.")
-        evaluations = getattr(self.denoise, "evaluations", None)
-        self.nfe = self.nfe + (1 if evaluations is None else evaluations(level))
+        self.nfe = self.nfe + spent(self.denoise, level, self.memory)
         return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, jnp.result_type(like)), x0, x)
 
 
