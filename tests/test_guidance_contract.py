@@ -74,7 +74,6 @@ class Near:
         return -0.5 * sum(((leaf - self.number) ** 2).sum() for leaf in jax.tree.leaves(x0)), x0
 
 
-
 # What an argument without a default is, by its name and the grid; None: no guidance is built with it.
 ARGUMENTS: dict[str, Callable[[Grid], Any]] = {
     "null": lambda grid: NULL,

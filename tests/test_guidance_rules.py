@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from diffjax import grids, guidance, oracles, processes, sample, solvers
+from diffjax.guidance.rules import in_target
 from diffjax.levels import Array, Level, Tree, value
 
 PROCESS = processes.vp()
@@ -189,9 +190,9 @@ def test_adaptive():
     levels = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), GRID.t)
     states = plain.saved.states[:, :-1]
     velocity = lambda condition: jax.vmap(
-        lambda path: jax.vmap(
-            lambda x, level: guidance.rules.in_target("flow", Classes(MODES, condition)(x, level), x, level)
-        )(path, levels)
+        lambda path: jax.vmap(lambda x, level: in_target("flow", Classes(MODES, condition)(x, level), x, level))(
+            path, levels
+        )
     )(states)
     weights = guidance.fitted_weights(velocity(jnp.asarray(A)), velocity(jnp.asarray(PRIOR)))
     skip = (np.arange(16) % 2 == 1) & (np.arange(16) > 3)

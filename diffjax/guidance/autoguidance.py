@@ -15,7 +15,7 @@ from diffjax.guidance.schedules import as_scale, neutral, scale_at
 from diffjax.levels import Array, Grid, Level, Tree, as_value, concrete, is_traced, ratio, remembers, value
 
 
-def autoguidance(denoise: Any, weak: Any, scale: Any = 1.0, rule: Any = None) -> AutoGuidance | RememberedAuto:
+def autoguidance(denoise: Any, weak: Any, scale: Any = 1.0, rule: Any = None) -> Any:
     """``x0 = x0_strong + (scale - 1) (x0_strong - x0_weak)``: away from the errors of a worse model.
 
     The weak model has the same task and condition and more of the same errors (smaller, or trained for less long, or

@@ -16,7 +16,7 @@ from diffjax.guidance.schedules import as_scale, neutral, scale_at
 from diffjax.levels import Array, Level, Tree, value
 
 
-def classifier_free(denoise: Any, null: Tree, scale: Any = 1.0, rule: Any = None) -> ClassifierFree | Remembered:
+def classifier_free(denoise: Any, null: Tree, scale: Any = 1.0, rule: Any = None) -> Any:
     """``x0 = x0(condition) + (scale - 1) (x0(condition) - x0(null))``, both in one batched network call.
 
     Convention everywhere in diffjax: scale 1 is the conditional model, 0 the unconditional one; above 1 the
