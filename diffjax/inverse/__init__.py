@@ -6,6 +6,7 @@ that takes ``solver`` first a changed solver, and one that takes ``key`` first d
 closed form: `posterior`, `evidence`, `exact`.
 """
 
+from diffjax.inverse.estimates import diffpir, ilvr, null_space, replacement
 from diffjax.inverse.exact import evidence, exact, posterior
 from diffjax.inverse.images import blur, colourisation, downsample, fourier, gaussian_kernel, radon
 from diffjax.inverse.measurement import Measurement, gaussian_noise, measurement, poisson_noise
@@ -20,3 +21,7 @@ from diffjax.inverse.operators import (
     matrix,
     pseudo_inverse,
 )
+from diffjax.inverse.splitting import daps, pnp_dm
+from diffjax.inverse.steps import ddnm, ddrm, dps, flowchef, lanpaint, mcg
+from diffjax.inverse.twists import lgd, likelihood, mmps, pigdm, tmpd
+from diffjax.inverse.variational import red_diff

@@ -1,0 +1,143 @@
+"""Linear systems on the side of the measurement and on that of the sample, dense or by Krylov iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.scipy.sparse.linalg import cg, gmres
+
+from diffjax.inverse.measurement import Measurement
+from diffjax.levels import Array, Level, Tree, dot, static, value
+
+DENSE = 32  # measurements up to which "auto" makes the matrix
+
+
+@value
+class Solve:
+    """How ``K u = r`` is solved, K = S + A C A^T."""
+
+    method: str = static()
+    iterations: int = static()
+    probes: int = static()
+
+    def __call__(self, apply: Callable[[Tree], Tree], right: Tree) -> tuple[Tree, Array]:
+        """``(K^-1 right, log det K)`` for the linear function ``apply`` = K."""
+        flat, unravel = ravel_pytree(right)
+        on_vectors = lambda v: ravel_pytree(apply(unravel(v)))[0]
+        if self.method == "dense" or (self.method == "auto" and flat.size <= DENSE):
+            matrix = jax.vmap(on_vectors)(jnp.eye(flat.size, dtype=flat.dtype)).T
+            return unravel(jnp.linalg.solve(matrix, flat)), jnp.linalg.slogdet(matrix)[1]
+        if self.method == "gmres":
+            found, _ = gmres(on_vectors, flat, tol=1e-6, restart=self.iterations, maxiter=1, solve_method="incremental")
+        else:
+            found, _ = cg(on_vectors, flat, tol=1e-6, maxiter=self.iterations)
+        return unravel(found), lanczos_log_determinant(on_vectors, flat, self.iterations, self.probes)
+
+
+def lanczos_log_determinant(apply: Callable[[Array], Array], like: Array, iterations: int, probes: int) -> Array:
+    """Stochastic Lanczos quadrature: the mean over Rademacher probes z of ``z^T log(K) z``; 0 without probes.
+
+    Exact in expectation over the probes once the Krylov spaces are full; the probes are fixed.
+    """
+    if not probes:
+        return jnp.zeros((), like.dtype)
+    size = like.size
+    steps = min(iterations, size)
+
+    def one(key: Array) -> Array:
+        z = jax.random.rademacher(key, (size,), like.dtype)
+        first = z / jnp.sqrt(jnp.asarray(size, like.dtype))
+
+        def step(carry: tuple, index: Array) -> tuple:
+            basis, q, before, beta = carry
+            basis = basis.at[index].set(q)
+            w = apply(q) - beta * before
+            alpha = w @ q
+            w = w - alpha * q
+            w = w - basis.T @ (basis @ w)  # against the loss of orthogonality
+            norm = jnp.sqrt(w @ w)
+            small = norm < 1e-6 * jnp.abs(alpha)
+            later = jnp.where(small, 0.0, w / jnp.where(small, 1.0, norm))
+            return (basis, later, q, jnp.where(small, 0.0, norm)), (alpha, jnp.where(small, 0.0, norm))
+
+        start = jnp.zeros((steps, size), like.dtype), first, jnp.zeros_like(first), jnp.zeros((), like.dtype)
+        _, (alphas, betas) = jax.lax.scan(step, start, jnp.arange(steps))
+        tridiagonal = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
+        nodes, vectors = jnp.linalg.eigh(tridiagonal)
+        used = vectors[0] ** 2 > 1e-12
+        return size * jnp.sum(
+            jnp.where(used, vectors[0] ** 2 * jnp.log(jnp.where(used & (nodes > 0), nodes, 1.0)), 0.0)
+        )
+
+    keys = jax.random.split(jax.random.key(0), probes)
+    return jnp.mean(jax.vmap(one)(keys))
+
+
+def proximal(measurement: Measurement, centre: Tree, variance: Array, iterations: int = 50) -> Tree:
+    """``argmin_x |y - A x|^2_S / 2 + |x - centre|^2 / (2 variance)``: the mean of N(centre, variance) given y.
+
+    ``centre + variance A^T (S + variance A A^T)^-1 (y - A centre)``, through the operator's spectrum where it has one
+    and the noise is isotropic, else by ``iterations`` of conjugate gradients.
+    """
+    a, residual = measurement.operator, measurement.residual(centre)
+    if measurement.isotropic and hasattr(a, "spectral"):
+        noise = jax.tree.leaves(measurement.variance(centre))[0].reshape(-1)[0]
+        weight = lambda q: jnp.where(noise + variance * q > 0, variance / _safe(noise + variance * q), 0.0)
+        change = a.spectral(weight, a.adjoint(residual))
+    else:
+        noise = measurement.variance(centre)
+        apply = lambda v: jax.tree.map(lambda s, u, k: s * u + variance * k, noise, v, a(a.adjoint(v)))
+        found, _ = cg(apply, residual, tol=1e-6, maxiter=iterations)
+        change = jax.tree.map(lambda leaf: variance * leaf, a.adjoint(found))
+    return jax.tree.map(lambda c, d: (c + d).astype(c.dtype), centre, change)
+
+
+def ends(level: Level) -> tuple[Array, Array]:
+    """Whether the level is that of clean data, and whether it is that of pure noise."""
+    return jnp.all(jnp.asarray(level.sigma) == 0), jnp.all(jnp.asarray(level.alpha) == 0)
+
+
+def norm(tree: Tree) -> Array:
+    """The Euclidean norm, whose derivative at 0 is 0."""
+    square = dot(tree, tree)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+
+def level_key(key: Array, level: Level) -> Array:
+    """One key a level: folded with the bits of its time, so that what draws is a function of the state."""
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(level.time, jnp.float32), jnp.uint32)
+    return jax.random.fold_in(key, jnp.sum(bits, dtype=jnp.uint32))
+
+
+def normal_like(key: Array, tree: Tree) -> Tree:
+    """Standard normal draws shaped like ``tree``."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten(
+        [jax.random.normal(k, jnp.shape(leaf), leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+def needs_linear(name: str, measurement: Any) -> None:
+    """Raise ValueError unless the measurement is one, of a linear operator."""
+    if not isinstance(measurement, Measurement):
+        raise ValueError(f"{name} needs a measurement (see diffjax.inverse.measurement), got {measurement!r}.")
+    if not hasattr(measurement.operator, "adjoint"):
+        raise ValueError(f"{name} needs a linear operator, got {measurement.operator!r}.")
+
+
+def needs_spectrum(name: str, measurement: Any) -> None:
+    """Raise ValueError unless the operator has a spectrum and the noise one Gaussian standard deviation."""
+    needs_linear(name, measurement)
+    if not hasattr(measurement.operator, "spectral"):
+        raise ValueError(f"{name} needs an operator with a spectrum (decomposed), got {measurement.operator!r}.")
+    if not measurement.isotropic:
+        raise ValueError(f"{name} needs Gaussian noise of one standard deviation, got {measurement.noise!r}.")
+
+
+def _safe(number: Array) -> Array:
+    return jnp.where(number > 0, number, 1.0)
