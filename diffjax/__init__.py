@@ -23,6 +23,7 @@ from diffjax import oracles as oracles
 from diffjax import phase as phase
 from diffjax import predictions as predictions
 from diffjax import processes as processes
+from diffjax import smc as smc
 from diffjax import solvers as solvers
 from diffjax import unnormalised as unnormalised
 from diffjax.levels import Grid as Grid
@@ -50,6 +51,7 @@ from diffjax.samplers import similarity_filter as similarity_filter
 from diffjax.samplers import speculative as speculative
 from diffjax.samplers import stream as stream
 from diffjax.samplers import teleport as teleport
+from diffjax.smc import steer as steer
 from diffjax.suggest import suggest as suggest
 
 __version__ = "0.1.0"
