@@ -102,8 +102,10 @@ def tilt_rate(slope: Tree, curvature: Array, mixed: Tree, guidance: Array) -> Ar
 
     ``<b, m> + |b|^2 / 2 + l / 2 - guidance / 2 (<b, m + b> + l)`` with b = beta grad r (``slope``), l = beta
     laplacian r (``curvature``, not needed at guidance = 1) and m the mixed score of the product: 1 is half guidance,
-    with the drift ``m + b / 2`` at eta = 1; 0 is full guidance, as in Solving Inverse Problems via Diffusion-Based
-    Priors: An Approximation-Free Ensemble Sampling Approach, arXiv:2506.03979 (derived here).
+    with the drift ``m + b / 2`` at eta = 1; 0 is full guidance, that of AFDPS.
+
+    Solving Inverse Problems via Diffusion-Based Priors: An Approximation-Free Ensemble Sampling Approach,
+    arXiv:2506.03979; derived here.
     """
     along, square = dot(slope, mixed), dot(slope, slope)
     # l is left out, not multiplied by 0, where it is not known
