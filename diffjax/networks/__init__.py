@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from diffjax.networks.dit import DiT
+from diffjax.networks.dit import DiT, stacked, unstacked
 from diffjax.networks.functional import Apply, architecture, count, functional
 from diffjax.networks.layers import label, tokens, vector
 from diffjax.networks.mlp import MLP
@@ -25,7 +25,9 @@ __all__ = [
     "count",
     "functional",
     "label",
+    "stacked",
     "tokens",
+    "unstacked",
     "vector",
 ]
 

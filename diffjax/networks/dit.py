@@ -9,11 +9,15 @@ e of time and pooled conditions gives each block six vectors (shift, scale, gate
 
 The gates start at zero, so that every block starts as the identity, and so does the output layer:
 at initialisation the output is zero.
+
+With `scan=True` the blocks are one `lax.scan` over parameters with a leading axis of length `depth`, so that compile
+time does not grow with the depth; `stacked` and `unstacked` carry parameters from one form to the other.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -65,6 +69,10 @@ class DiT(nnx.Module):
         output: output channels, default C.
         time_scale: multiplies t before its sinusoidal features; 1000 suits times in [0, 1].
         dtype: type of the computation; parameters and output are float32.
+        scan: the blocks as one loop over stacked parameters, for fast compilation.
+        remat: what the backward pass computes again instead of keeping it: None keeps everything, "dots" keeps the
+            outputs of matrix products alone, "full" keeps the input of each block alone. It changes no number and is
+            no part of the recorded architecture.
 
     Raises:
         ValueError: sizes that do not fit, named.
@@ -83,9 +91,12 @@ class DiT(nnx.Module):
         output: int | None = None,
         time_scale: float | int = 1000.0,
         dtype: DTypeLike = jnp.float32,
+        scan: bool = False,
+        remat: str | None = None,
         rngs: nnx.Rngs,
     ):
         shape = tuple(shape)
+        layers.policy(remat)  # refuses an unknown name
         specs = layers.conditions(condition)
         if len(shape) != 3:
             raise ValueError(f"shape must be (H, W, C), got {shape}")
@@ -108,14 +119,17 @@ class DiT(nnx.Module):
             output=output,
             time_scale=time_scale,
             dtype=dtype.name,
+            **({"scan": True} if scan else {}),
         )
+        self.scan, self.remat = scan, remat
         self.shape, self.patch, self.width, self.dtype = shape, patch, width, dtype
         self.output = output or shape[2]
         options = layers.linear_options(dtype, rngs)
         self.embed = layers.Embedding(width, specs, time_scale=time_scale, **options)
         self.stem = nnx.Linear(patch * patch * shape[2], width, **options)
         context = [spec.size for spec in specs if spec.kind == "tokens"]
-        self.blocks = nnx.List(Block(width, heads, ratio, context, **options) for _ in range(depth))
+        blocks = [Block(width, heads, ratio, context, **options) for _ in range(depth)]
+        self.blocks = _one(blocks) if scan else nnx.List(blocks)
         self.modulate = nnx.Linear(width, 2 * width, **(options | layers.ZERO))
         self.out = nnx.Linear(width, patch * patch * self.output, **(options | layers.ZERO))
 
@@ -129,12 +143,47 @@ class DiT(nnx.Module):
         split = x.astype(self.dtype).reshape(height, patch, width, patch, -1)
         h = self.stem(split.transpose(0, 2, 1, 3, 4).reshape(height * width, -1))
         h = h + positions(height, width, self.width).astype(h.dtype)
-        for block in self.blocks:
-            h = block(h, embedding, sequences)
+        h = self.through(h, embedding, sequences)
         shift, scale = jnp.split(self.modulate(embedding), 2)
         h = self.out(layers.layer_norm(h) * (1 + scale) + shift).astype(jnp.float32)
         split = h.reshape(height, width, patch, patch, self.output).transpose(0, 2, 1, 3, 4)
         return split.reshape(height * patch, width * patch, self.output)
+
+    def through(self, h: Array, embedding: Array, sequences: list[Array]) -> Array:
+        """The tokens after all blocks."""
+        if not self.scan:
+            for block in self.blocks:
+                h = layers.called(block, self.remat)(h, embedding, sequences)
+            return h
+        graph, params = nnx.split(self.blocks)
+
+        def body(h: Array, params: Any) -> tuple[Array, None]:
+            return layers.called(nnx.merge(graph, params), self.remat)(h, embedding, sequences), None
+
+        return jax.lax.scan(body, h, params)[0]
+
+
+def _one(blocks: list[Block]) -> Block:
+    """A block whose parameters have those of all blocks along a new leading axis."""
+    parts = [nnx.split(block) for block in blocks]
+    return nnx.merge(parts[0][0], _stack([params for _, params in parts]))
+
+
+def _stack(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def stacked(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a `DiT` as the same network with `scan=True` has them: one tree of blocks with a leading axis."""
+    blocks = params["blocks"]
+    return params | {"blocks": _stack([blocks[str(i)] for i in range(len(blocks))])}
+
+
+def unstacked(params: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `stacked`: a tree for each block."""
+    leaves, tree = jax.tree.flatten(params["blocks"])
+    blocks = {str(i): tree.unflatten([leaf[i] for leaf in leaves]) for i in range(leaves[0].shape[0])}
+    return params | {"blocks": blocks}
 
 
 def positions(height: int, width: int, size: int) -> Float[Array, "{height}*{width} {size}"]:

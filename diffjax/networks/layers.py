@@ -10,7 +10,7 @@ unconditional branches fit into one batch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -178,6 +178,28 @@ def _checked(spec: Condition, value: Any) -> Array:
             f"jax.vmap), got shape {value.shape} and dtype {value.dtype}"
         )
     return value
+
+
+POLICIES = {"dots": jax.checkpoint_policies.dots_saveable, "full": jax.checkpoint_policies.nothing_saveable}
+
+
+def policy(remat: str | None) -> Callable | None:
+    """What the backward pass keeps: None everything, "dots" the outputs of matrix products, "full" the arguments alone.
+
+    Raises ValueError for another name.
+    """
+    if remat is not None and remat not in POLICIES:
+        raise ValueError(f"remat must be None or among {sorted(POLICIES)}, got {remat!r}")
+    return None if remat is None else POLICIES[remat]
+
+
+def called(module: nnx.Module, remat: str | None) -> Callable:
+    """A part of a network of which the backward pass keeps what `policy` says, and computes the rest again."""
+    if remat is None:
+        return module
+    graph, params = nnx.split(module)
+    part = jax.checkpoint(lambda params, *inputs: nnx.merge(graph, params)(*inputs), policy=policy(remat))
+    return lambda *inputs: part(params, *inputs)
 
 
 def group_norm(x: Float[Array, "h w c"], groups: int) -> Float[Array, "h w c"]:

@@ -64,6 +64,8 @@ class UNet(nnx.Module):
         output: output channels, default C.
         time_scale: multiplies t before its sinusoidal features; 1000 suits times in [0, 1].
         dtype: type of the computation; parameters and output are float32.
+        remat: what the backward pass computes again instead of keeping it, block by block: None nothing, "dots" all
+            but matrix products, "full" everything. It changes no number and is no part of the recorded architecture.
 
     Raises:
         ValueError: sizes that do not fit, named.
@@ -83,8 +85,11 @@ class UNet(nnx.Module):
         output: int | None = None,
         time_scale: float | int = 1000.0,
         dtype: DTypeLike = jnp.float32,
+        remat: str | None = None,
         rngs: nnx.Rngs,
     ):
+        layers.policy(remat)  # refuses an unknown name
+        self.remat = remat
         shape, channels = tuple(shape), tuple(channels)
         specs = layers.conditions(condition)
         heights = _validate(shape, channels, attention, groups, specs)
@@ -141,17 +146,17 @@ class UNet(nnx.Module):
         skips = []
         for level, blocks in enumerate(self.down):
             for block in blocks:
-                h = block(h, embedding)
+                h = layers.called(block, self.remat)(h, embedding)
                 skips.append(h)
             if level < len(self.shrink):
                 h = self.shrink[level](_fold(h))
         for block in self.middle:
-            h = block(h, embedding)
+            h = layers.called(block, self.remat)(h, embedding)
         for level in reversed(range(len(self.up))):
             if level < len(self.grow):
                 h = _unfold(self.grow[level](h))
             for block in self.up[level]:
-                h = block(jnp.concatenate([h, skips.pop()], -1), embedding)
+                h = layers.called(block, self.remat)(jnp.concatenate([h, skips.pop()], -1), embedding)
         return self.out(nnx.silu(layers.group_norm(h, self.groups))).astype(jnp.float32)
 
 
