@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from diffjax.levels import value
 
@@ -109,16 +110,17 @@ def shardings(tree: Any, mesh: Mesh, rule: Rule) -> Any:
 
 def put(tree: Any, mesh: Mesh, rule: Rule = replicated) -> Any:
     """A tree, the same on all hosts, onto the mesh by a rule."""
+    return jax.tree.map(placed, tree, shardings(tree, mesh, rule))
 
-    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
-            return jax.device_put(leaf, sharding)
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(place(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
-    return jax.tree.map(place, tree, shardings(tree, mesh, rule))
+def placed(leaf: Any, sharding: Sharding) -> jax.Array:
+    """An array, the same on all hosts, onto the devices of a sharding."""
+    if jax.process_count() == 1 or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(placed(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def gathered(tree: Any) -> Any:
@@ -150,19 +152,21 @@ def batch_sharding(mesh: Mesh, axes: str | Sequence[str] | None = None) -> Named
     return NamedSharding(mesh, PartitionSpec(axes[0] if len(axes) == 1 else axes))
 
 
+@lru_cache(maxsize=32)
 def batch_parts(sharding: NamedSharding) -> int:
     """How many parts a batch is divided into."""
     return sharding.num_devices // max(len(where) for where in _holders(sharding).values())
 
 
-def host_part(mesh: Mesh, axes: str | Sequence[str] | None = None) -> tuple[int, int]:
+@lru_cache(maxsize=32)
+def host_part(where: Mesh | NamedSharding) -> tuple[int, int]:
     """Which part of a global batch this host feeds: ``(index, count)``, the ``shard_index, shard_count`` of its data.
 
     Hosts whose devices hold the same rows (those of the "time" axis) feed the same part.
 
     Raises ValueError where the devices of a host hold parts that are not one piece of the batch.
     """
-    holders = _holders(batch_sharding(mesh, axes))
+    holders = _holders(batch_sharding(where) if isinstance(where, Mesh) else where)
     parts = sorted(holders)
     own: dict[int, set[int]] = {}
     for part in parts:
@@ -189,8 +193,7 @@ def place_batch(batch: Any, sharding: NamedSharding, *, parts: int = 1) -> Any:
 
     Raises ValueError where the global batch cannot be divided over the devices, or over devices times ``parts``.
     """
-    assert isinstance(sharding.mesh, Mesh)
-    hosts = host_part(sharding.mesh, np.ravel(sharding.spec[0]).tolist())[1]
+    hosts = host_part(sharding)[1]
     divisor = batch_parts(sharding) * parts
 
     def place(leaf: Any) -> jax.Array:

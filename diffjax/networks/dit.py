@@ -129,7 +129,7 @@ class DiT(nnx.Module):
         self.stem = nnx.Linear(patch * patch * shape[2], width, **options)
         context = [spec.size for spec in specs if spec.kind == "tokens"]
         blocks = [Block(width, heads, ratio, context, **options) for _ in range(depth)]
-        self.blocks = _one(blocks) if scan else nnx.List(blocks)
+        self.blocks: Any = _one(blocks) if scan else nnx.List(blocks)
         self.modulate = nnx.Linear(width, 2 * width, **(options | layers.ZERO))
         self.out = nnx.Linear(width, patch * patch * self.output, **(options | layers.ZERO))
 

@@ -12,6 +12,7 @@ from diffjax.training.loop import fit
 from diffjax.training.losses import denoising
 from diffjax.training.optimiser import adam
 from diffjax.training.picard import picard_consistency, picard_iterates, picard_weights
+from diffjax.training.precision import mixed
 from diffjax.training.self_conditioning import self_conditioned, stacked
 from diffjax.training.step import Metrics, TrainState, data_mesh, init, train_step, update
 from diffjax.training.times import cosmap, log_normal, log_snr, logit_normal, mode, restricted, shifted, uniform
@@ -34,6 +35,7 @@ __all__ = [
     "log_normal",
     "log_snr",
     "logit_normal",
+    "mixed",
     "mode",
     "perturbed",
     "picard_consistency",

@@ -1,18 +1,21 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
-`folder/checkpoints/00000500/` holds the parameters, their moving average and the optimiser's state,
-written by Orbax, and `record.json`: the step, the random key, the state of the data's iterator, the
+`folder/checkpoints/00000500/` holds the parameters, their moving average, the optimiser's state and the loss's memory,
+written by Orbax from all hosts, and `record.json`: the step, the random key, the state of the data's iterator, the
 configuration and the network's architecture. No part of it is executable.
 
 A checkpoint is written beside its place and renamed when all of it is on disk, so what is found under
 its name is complete. The record lists every file with its size and checksum, which are compared before
 anything is read: a missing piece of an array file can read as zeros.
+
+A `Writer` writes while the training goes on: one checkpoint at a time, of a copy of the state; the next waits for it.
 """
 
 import json
 import os
 import re
 import shutil
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -22,8 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from diffjax import devices
 from diffjax.training.step import TrainState
 
 PARTS = ("params", "ema", "optimiser", "loss_state")
@@ -39,6 +44,7 @@ class Restored(NamedTuple):
     iterator: dict[str, Any] | None
     config: dict[str, Any]
     architecture: dict[str, Any] | None
+    batch: list[Any] | None = None
 
 
 class _Damaged(ValueError):
@@ -52,67 +58,157 @@ def steps(folder: Folder) -> list[int]:
     return sorted(int(path.name) for path in found if re.fullmatch(r"\d{8,}", path.name))
 
 
-def save(
-    folder: Folder,
-    state: TrainState,
-    *,
-    iterator: dict[str, Any] | None = None,
-    config: dict[str, Any] | None = None,
-    architecture: dict[str, Any] | None = None,
-    keep: int = 3,
-) -> Path:
-    """Write a checkpoint of `state` under its step, then remove all but the newest `keep`.
-
-    Checkpoints of later steps are removed too: they belong to a future that this run has left (or
-    could not read), and must not be taken for its newest.
-
-    Args:
-        folder: the run's folder, made if need be.
-        iterator: `get_state()` of the data's iterator.
-        config, architecture: JSON objects kept beside the arrays.
+def save(folder: Folder, state: TrainState, **options: Any) -> Path:
+    """Write a checkpoint of `state` under its step, and wait until it is there; `options` are those of `Writer.save`.
 
     Returns:
         the checkpoint's folder.
-
-    Raises:
-        ValueError: keep < 1, or something beside the arrays is not JSON.
-        OSError: the folder cannot be written.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
-    trees = {part: _flat(getattr(state, part)) for part in PARTS}
-    record = {
-        "step": int(state.step),
-        "key": np.asarray(jax.random.key_data(state.key)).tolist(),
-        "key_kind": str(jax.random.key_impl(state.key)),
-        "iterator": iterator,
-        "config": config or {},
-        "architecture": architecture,
-        "arrays": {part: {name: _shape(leaf) for name, leaf in tree.items()} for part, tree in trees.items()},
-    }
-    try:
-        json.dumps(record)
-    except TypeError as error:
-        raise ValueError(f"config, architecture and iterator state must be JSON: {error}") from None
-    path = _path(folder, record["step"])
-    draft = path.with_name(f"writing-{path.name}")
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for rest in path.parent.iterdir():  # what a killed run was writing or removing
-            if REST.match(rest.name):  # and nothing else that was put there: a copy called "best", say
-                shutil.rmtree(rest, ignore_errors=True)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+    with Writer(folder) as writer:
+        return writer.save(state, **options)
+
+
+class Writer:
+    """Writes checkpoints of one run beside the training; `with Writer(folder) as writer` waits for the last one.
+
+    All hosts have one and call it alike. What fails is an `OSError` of the call that comes next, `check()` included;
+    the checkpoint that could not be written leaves nothing behind, and those before it stay.
+    """
+
+    def __init__(self, folder: Folder):
+        self.folder, self.orbax = folder, None
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+        self.path: Path | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        orderly = error is None or isinstance(error, SystemExit)
+        try:
+            self.wait()
+        except OSError as failure:
+            if orderly:
+                raise
+            warnings.warn(str(failure), stacklevel=2)
+        finally:
+            if self.orbax is not None:
+                self.orbax.close()
+        if orderly and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("diffjax: the last checkpoint is in its place")
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        iterator: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
+        architecture: dict[str, Any] | None = None,
+        batch: list[Any] | None = None,
+        keep: int = 3,
+    ) -> Path:
+        """Begin to write a checkpoint of `state` under its step; all but the newest `keep` are removed at the end.
+
+        Checkpoints of later steps are removed too: they belong to a future that this run has left (or
+        could not read), and must not be taken for its newest.
+
+        Args:
+            state: may be given back (donated) at once: a copy of it is written.
+            iterator: `get_state()` of the data's iterator.
+            config, architecture, batch: JSON values kept beside the arrays.
+
+        Returns:
+            where the checkpoint will be.
+
+        Raises:
+            ValueError: keep < 1, or something beside the arrays is not JSON.
+            OSError: the folder cannot be written, or the checkpoint before could not be.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        trees = {part: _flat(getattr(state, part)) for part in PARTS}
+        record = {
+            "step": int(state.step),
+            "key": np.asarray(jax.random.key_data(state.key)).tolist(),
+            "key_kind": str(jax.random.key_impl(state.key)),
+            "iterator": iterator,
+            "config": config or {},
+            "architecture": architecture,
+            "batch": batch,
+            "arrays": {part: {name: _shape(leaf) for name, leaf in tree.items()} for part, tree in trees.items()},
+        }
+        try:
+            json.dumps(record)
+        except TypeError as error:
+            raise ValueError(f"config, architecture and iterator state must be JSON: {error}") from None
+        self.wait()
+        self.path = _path(self.folder, record["step"])
+        draft = self.path.with_name(f"writing-{self.path.name}")
+        if jax.process_index() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for rest in self.path.parent.iterdir():  # what a killed run was writing or removing
+                if REST.match(rest.name):  # and nothing else that was put there: a copy called "best", say
+                    shutil.rmtree(rest, ignore_errors=True)
         # Plain gradient descent, for one, has no state to save.
-        arrays = {part: ocp.args.StandardSave(tree) for part, tree in trees.items() if tree}
-        writer.save(draft, ocp.args.Composite(**arrays))
-    if jax.process_index() == 0:
-        _commit(draft, path, record)
-        known = steps(folder)
-        past = [number for number in known if number <= record["step"]]
-        for number in known:
-            if number not in past[-keep:]:
-                _remove(_path(folder, number))
-    return path
+        arrays = {part: ocp.args.StandardSave(_snapshot(tree)) for part, tree in trees.items() if tree}
+        if self.orbax is None:
+            self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        try:
+            self.orbax.save(draft, ocp.args.Composite(**arrays))
+        except Exception as error:
+            raise self._failed(draft, error) from error
+        self.thread = threading.Thread(target=self._finish, args=(draft, self.path, record, keep), daemon=True)
+        self.thread.start()
+        return self.path
+
+    def check(self) -> None:
+        """OSError if the checkpoint that was being written could not be."""
+        if self.thread is not None and not self.thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is in its place; OSError if it could not be written."""
+        thread, self.thread = self.thread, None
+        if thread is not None:
+            thread.join()
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    def _finish(self, draft: Path, path: Path, record: dict[str, Any], keep: int) -> None:
+        """In the background: the rest of the arrays, the record, the name, and the end of older checkpoints."""
+        try:
+            assert self.orbax is not None
+            self.orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                _commit(draft, path, record)
+                known = steps(self.folder)
+                past = [number for number in known if number <= record["step"]]
+                for number in known:
+                    if number not in past[-keep:]:
+                        _remove(_path(self.folder, number))
+        except Exception as error:
+            self.error = self._failed(draft, error)
+            self.error.__cause__ = error
+
+    def _failed(self, draft: Path, error: Exception) -> OSError:
+        for rest in draft.parent.glob(f"{draft.name}*") if jax.process_index() == 0 else ():
+            shutil.rmtree(rest, ignore_errors=True)  # a full disk needs the space
+        known = steps(self.folder)
+        newest = f"the newest is that of step {known[-1]}" if known else "there is none before it"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return OSError(f"checkpoint {self.path} could not be written, {newest}: {reason}")
+
+
+def _snapshot(tree: PyTree) -> PyTree:
+    """Arrays that outlive the state: on the CPU, Orbax would write what the next step may overwrite."""
+    return _copies(tree) if jax.default_backend() == "cpu" else tree
+
+
+@jax.jit
+def _copies(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def restore(folder: Folder, like: TrainState, *, step: int | None = None) -> Restored:
@@ -220,10 +316,10 @@ def _restore(path: Path, record: dict[str, Any], like: TrainState) -> Restored:
     parts = {part: _part(path, record, part, getattr(like, part)) for part in PARTS}
     data = np.asarray(record["key"], np.uint32)
     key = jax.random.wrap_key_data(jnp.asarray(data), impl=record["key_kind"])
-    step = jnp.asarray(record["step"], like.step.dtype)
-    key, step = (jax.device_put(new, old.sharding) for new, old in ((key, like.key), (step, like.step)))
+    step = np.asarray(record["step"], like.step.dtype)
+    key, step = (devices.placed(new, old.sharding) for new, old in ((key, like.key), (step, like.step)))
     state = TrainState(**parts, step=step, key=key)
-    return Restored(state, record["iterator"], record["config"], record["architecture"])
+    return Restored(state, record["iterator"], record["config"], record["architecture"], record.get("batch"))
 
 
 def _part(path: Path, record: dict[str, Any], part: str, like: PyTree) -> PyTree:

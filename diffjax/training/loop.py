@@ -1,9 +1,11 @@
 """The training loop: steps, progress, metrics, checkpoints, and an orderly end whatever happens.
 
 * Every `log_every` steps a line of `folder/metrics.jsonl`: step, mean loss, gradient norm, steps/s.
-* Every `save_every` steps, at the start and at the end a checkpoint.
-* SIGTERM (preemption): the step is finished, a checkpoint written, the process exits with status 0.
+* Every `save_every` steps, at the start and at the end a checkpoint, written while the training goes on.
+* SIGTERM (preemption): the step is finished, a checkpoint written, the process exits with status 0; of several
+  processes all do so after the same step, whichever was told.
 * A loss or gradient that is not finite stops the run; nothing after the last good checkpoint is kept.
+* Of several processes the first alone writes metrics and shows progress.
 """
 
 import json
@@ -14,13 +16,14 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffjax.training import checkpoint
@@ -40,6 +43,7 @@ def fit(
     log_every: int = 50,
     config: dict[str, Any] | None = None,
     architecture: dict[str, Any] | None = None,
+    fixed: Sequence[str] = (),
     progress: bool = True,
     report: Callable[[int, dict[str, float]], None] | None = None,
 ) -> TrainState:
@@ -57,6 +61,7 @@ def fit(
         log_every: a line of metrics every so many steps.
         config, architecture: JSON objects stored with every checkpoint
             (`networks.architecture(apply)`); a stored architecture must equal the one given here.
+        fixed: entries of `config` in which a resumed run must agree with its checkpoint.
         progress: a bar with the time left.
         report: called as `report(step, {"loss": ..., ...})` with every line of metrics, for other logs.
 
@@ -64,8 +69,9 @@ def fit(
         the state after the last step.
 
     Raises:
-        ValueError: sizes below one; a folder in use without `resume`; a checkpoint of another run;
-            batches that end too soon.
+        ValueError: sizes below one; a folder in use without `resume`; a checkpoint of another run, with other batches
+            or another entry of `config` that is `fixed`; batches that end too soon.
+        OSError: a checkpoint or the metrics cannot be written; checkpoints before stay.
         FileNotFoundError: `resume` with a folder that does not exist.
         FloatingPointError: a loss or gradient norm that is not finite; says at which step.
         SystemExit: with status 0, after SIGTERM.
@@ -73,29 +79,32 @@ def fit(
     for name, number in {"steps": steps, "save_every": save_every, "log_every": log_every, "keep": keep}.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    resumed = False
+    found = None
     stateful = hasattr(batches, "get_state") and hasattr(batches, "set_state")
     if resume:
         if folder is None:
             raise ValueError("resume=True needs the folder of the run")
-        resumed = bool(checkpoint.steps(folder)) or not Path(folder).is_dir()
-        if resumed:
-            state = _resume(state, batches if stateful else None, folder, architecture)
+        if checkpoint.steps(folder) or not Path(folder).is_dir():
+            found = _resume(state, batches if stateful else None, folder, architecture, config or {}, fixed)
+            state = found.state
     elif folder is not None and checkpoint.steps(folder):
         raise ValueError(
             f"folder {os.fspath(folder)!r} has checkpoints of steps {checkpoint.steps(folder)}: "
             "pass resume=True to go on from them, or another folder"
         )
+    writer = None if folder is None else checkpoint.Writer(folder)
     first = int(state.step)
-    log = _Log(folder, first, report)
-    saved = first if resumed else None
+    log = _Log(folder, first, writer, report)
+    saved = None if found is None else first
+    shapes = None if found is None else found.batch
 
     def save() -> None:
         nonlocal saved
         log.check(0)
-        if folder is not None and saved != int(state.step):
+        if writer is not None and saved != int(state.step):
             place = batches.get_state() if stateful else None
-            checkpoint.save(folder, state, iterator=place, config=config, architecture=architecture, keep=keep)
+            about = {"config": config, "architecture": architecture, "batch": shapes}
+            writer.save(state, iterator=place, keep=keep, **about)
             saved = int(state.step)
 
     iterator = iter(batches)
@@ -103,13 +112,15 @@ def fit(
     # In a log file every refresh is a line of its own.
     pace = 0.2 if sys.stderr.isatty() else 5.0
     bar = tqdm(total=steps, initial=first, disable=not shown, unit="step", mininterval=pace)
-    with bar, _termination() as stop:
+    with writer or nullcontext(), bar, _termination() as stopping:
         save()  # at once: a folder that cannot be written is better known before the work
         for number in range(first, steps):
             try:
                 batch = next(iterator)
             except StopIteration:
                 raise ValueError(f"batches ended after {number} of steps={steps}") from None
+            if number == first:
+                shapes = _same_batches(step, batch, shapes)
             state, metrics = step(state, batch)
             log.add(number, metrics)
             # One step is always in flight; reading an older result does not hold the device up.
@@ -118,44 +129,66 @@ def fit(
             if done % log_every == 0 or done == steps:
                 bar.set_postfix(loss=f"{log.write(done):.4f}", refresh=False)
             bar.update()
-            if done % save_every == 0 or done == steps or stop.is_set():
+            stop = stopping(done)
+            if done % save_every == 0 or done == steps or stop:
                 save()
-            if stop.is_set() and done < steps:
+            elif writer is not None:
+                writer.check()
+            if stop and done < steps:
+                if writer is not None:
+                    writer.wait()
                 bar.write(f"SIGTERM: saved step {done}" if folder is not None else "SIGTERM: not saved, no folder")
                 raise SystemExit(0)
     return state
 
 
-def _resume(
-    state: TrainState, batches: Any, folder: str | os.PathLike, architecture: dict[str, Any] | None
-) -> TrainState:
-    """The state of the newest checkpoint, and the data's iterator put in its place."""
-    found = checkpoint.restore(folder, state)
-    if None not in (architecture, found.architecture) and architecture != found.architecture:
+def _same_batches(step: Any, batch: Any, expected: list[Any] | None) -> list[Any] | None:
+    """The shapes of the global batch; the place of a data iterator is counted in batches, so they must not change."""
+    if not hasattr(step, "described"):
+        return expected
+    found = step.described(batch)
+    if expected is not None and expected != found:
         raise ValueError(
-            f"the checkpoint in {os.fspath(folder)!r} is of another architecture: expected "
-            f"{architecture}, found {found.architecture}"
+            f"batch is not that of the checkpoint, whose place in the data counts batches: expected {expected},"
+            f" found {found}"
         )
+    return found
+
+
+def _resume(
+    state: TrainState,
+    batches: Any,
+    folder: str | os.PathLike,
+    architecture: dict[str, Any] | None,
+    config: dict[str, Any],
+    fixed: Sequence[str],
+) -> checkpoint.Restored:
+    """The newest checkpoint, and the data's iterator put in its place."""
+    found = checkpoint.restore(folder, state)
+    where = f"the checkpoint in {os.fspath(folder)!r}"
+    if None not in (architecture, found.architecture) and architecture != found.architecture:
+        raise ValueError(f"{where} is of another architecture: expected {architecture}, found {found.architecture}")
+    for name in fixed:
+        if name in found.config and config.get(name) != found.config[name]:
+            raise ValueError(
+                f"{where} is of another configuration: expected {name}={config.get(name)!r},"
+                f" found {found.config[name]!r}"
+            )
     if batches is None:
         warnings.warn("the batches have no set_state: the resumed run sees its data from the start", stacklevel=3)
     else:
         if found.iterator is None:
-            raise ValueError(f"the checkpoint in {os.fspath(folder)!r} has no state of a data iterator")
+            raise ValueError(f"{where} has no state of a data iterator")
         batches.set_state(found.iterator)
-    return found.state
+    return found
 
 
 class _Log:
     """Metrics on their way from the device to `metrics.jsonl`."""
 
-    def __init__(
-        self,
-        folder: str | os.PathLike | None,
-        first: int,
-        report: Callable[[int, dict[str, float]], None] | None = None,
-    ):
-        self.report = report
+    def __init__(self, folder: str | os.PathLike | None, first: int, writer: checkpoint.Writer | None, report: Any):
         self.folder, self.waiting, self.recent = folder, deque(), []
+        self.writer, self.report = writer, report
         self.started, self.begun = time.perf_counter(), time.perf_counter()
         self.file = None
         if folder is not None and jax.process_index() == 0:
@@ -172,6 +205,8 @@ class _Log:
             step, metrics = self.waiting.popleft()
             loss, norm = float(metrics.loss), float(metrics.gradient_norm)
             if not (np.isfinite(loss) and np.isfinite(norm)):
+                if self.writer is not None:
+                    self.writer.wait()
                 known = checkpoint.steps(self.folder) if self.folder is not None else []
                 last = f"the last good checkpoint is step {known[-1]} in {self.folder}" if known else "none was saved"
                 raise FloatingPointError(f"loss is {loss} and gradient norm {norm} at step {step}; {last}")
@@ -216,14 +251,18 @@ def _forget_after(file: Path, step: int) -> None:
 
 
 @contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, while the block runs; only the main thread can listen."""
+def _termination() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop after a step: SIGTERM came while the block runs; only the main thread can listen."""
+    if jax.process_count() > 1:
+        # JAX's own handler, since `jax.distributed.initialize`: all processes are told of the same step.
+        yield multihost_utils.reached_preemption_sync_point
+        return
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield event
+        yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: event.set())
     try:
-        yield event
+        yield lambda step: event.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -219,6 +219,10 @@ class Step:
     def lower(self, state: TrainState, batch: Any) -> Any:
         return self._program(state).lower(state, self._placed(batch))
 
+    def described(self, batch: Any) -> list[Any]:
+        """Type and shape of every array of the global batch, as JSON."""
+        return [[str(leaf.dtype), *leaf.shape] for leaf in jax.tree.leaves(self._placed(batch))]
+
     def _placed(self, batch: Any) -> Any:
         if self.sharding is None:
             return batch
