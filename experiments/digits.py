@@ -2,13 +2,16 @@
 
     python -m experiments.digits            # or: make demo
     python -m experiments.digits --resume   # go on after an interruption, or with more --steps
+    python -m experiments.digits --mesh data=4,fsdp=2 --precision bfloat16
+    python -m experiments.digits --coordinator host:1234 --processes 2 --process 0   # and 1 elsewhere; or "auto"
 
 The 1,797 digits (8 x 8) come with scikit-learn: 1,500 to train on, 297 held out.  As many are generated as are held
 out, of the same classes.  The judge is a classifier that is trained on the training split alone.  Every metric stands
 beside its floor: the same metric between equally many training and held-out images.
 
 Writes samples.png, denoising.png (a trajectory), solvers.png (quality against network evaluations), metrics.json,
-metrics.jsonl (the training's) and checkpoints.  Uses all devices: batches and samples are divided among them.
+metrics.jsonl (the training's) and checkpoints.  Uses all devices: batches and samples are divided among them.  Several
+processes train together and stop there; --resume in one process, on any mesh, samples and measures.
 
 Run time: 4 min on 2 CPU cores.
 Expect: accuracy 0.98 and a Frechet distance of 1.0 to 1.3 times its floor at guidance scale 1, accuracy 1.00 at 2.
@@ -21,7 +24,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
@@ -77,6 +80,20 @@ class Options:
     """Network evaluations per sample in solvers.png, at most."""
     solver_seconds: float = 40.0
     """Time for solvers.png; solvers that are not reached are left out, each family's first ones are first."""
+    mesh: str = "data=-1"
+    """The devices as axes data, fsdp and time; -1 is what is left."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the network's computation; parameters stay float32."""
+    accumulate: int = 1
+    """Parts of a batch that go through the network one after the other."""
+    coordinator: str | None = None
+    """Address host:port of process 0 where several processes train together, or "auto" (SLURM, TPU pods, ...)."""
+    processes: int | None = None
+    """How many processes there are, where the coordinator is an address."""
+    process: int | None = None
+    """Which of them this is."""
+    measure: bool = True
+    """Sample and measure after the training."""
     seed: int = 0
     """Seed of everything that is random."""
     out: Path = Path("runs/digits")
@@ -158,6 +175,7 @@ def train(options: Options, images: data.Images, resume: bool = False, report: A
         channels=options.channels,
         blocks=options.blocks,
         condition=networks.label(CLASSES),
+        dtype=options.precision,
         rngs=nnx.Rngs(key),
     )
     apply, params = networks.functional(network)
@@ -165,22 +183,24 @@ def train(options: Options, images: data.Images, resume: bool = False, report: A
     # most of the training in the middle of the path, where the digit takes its shape
     loss = training.denoising(prediction, apply, law=training.logit_normal(), dropout=options.dropout, null=CLASSES)
     optimiser = training.adam(options.learning_rate, warmup=min(100, options.steps - 1), steps=options.steps)
-    mesh = training.data_mesh()
-    step = training.train_step(loss, optimiser, training.ema.warmed(options.ema), mesh=mesh)
-    host, hosts = jax.process_index(), jax.process_count()
+    mesh = diffjax.devices.mesh(options.mesh)
+    average = training.ema.warmed(options.ema)
+    step = training.train_step(loss, optimiser, average, mesh=mesh, accumulate=options.accumulate)
+    part, parts = diffjax.devices.host_part(mesh)
     state = training.fit(
         training.init(key, params, optimiser, mesh=mesh),
         step,
-        data.batches(images, options.batch, seed=options.seed, shard_index=host, shard_count=hosts),
+        data.batches(images, options.batch, seed=options.seed, shard_index=part, shard_count=parts),
         steps=options.steps,
         folder=options.out,
         resume=resume,
         report=report,
         save_every=options.save_every,
         config=json.loads(json.dumps(dataclasses.asdict(options), default=str)),
+        fixed=("batch", "learning_rate", "dropout", "ema", "seed"),
         architecture=networks.architecture(apply),
     )
-    return Model(apply, jax.device_get(state.ema))
+    return Model(apply, diffjax.devices.gathered(state.ema))
 
 
 def load(folder: Path) -> Model:
@@ -203,7 +223,7 @@ def generate(
     model: Model, solver: Solver, grid: Grid, labels: np.ndarray, key: Array, scale: float = 1.0, **options: Any
 ) -> Sample:
     """One sample of each label, divided among the devices; every sample has a key of its own."""
-    devices = training.data_mesh()
+    devices = training.data_mesh(jax.local_devices())
     count = -(-len(labels) // devices.size) * devices.size  # a multiple: the last label is repeated
     index = np.minimum(np.arange(count), len(labels) - 1)
     sharding = NamedSharding(devices, PartitionSpec("data"))
@@ -343,6 +363,16 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+# of a run that goes on: on other devices, in other company, or for longer
+MAY_CHANGE = ("steps", "mesh", "accumulate", "coordinator", "processes", "process", "measure")
+
+
+def joined(options: Options) -> Options:
+    """The options, once this process has joined the others, before it touches a device."""
+    diffjax.devices.initialise(options.coordinator, options.processes, options.process)
+    return options
+
+
 def held_out_digits(count: int | None) -> tuple[data.Images, Labelled, Labelled]:
     """The training split as a source, its images, and ``count`` held-out ones, evenly taken (default: all)."""
     splits = {name: data.load("digits", name) for name in ("train", "test")}
@@ -354,7 +384,7 @@ def held_out_digits(count: int | None) -> tuple[data.Images, Labelled, Labelled]
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run with command-line arguments (default: those of the process); returns what metrics.json holds."""
-    with _run.start(Options, arguments, may_change=("steps",)) as run:
+    with _run.start(Options, arguments, may_change=MAY_CHANGE, resolve=joined) as run:
         options, clock = run.options, run.clock
         solver = _solvers.public((options.solver,))[options.solver]
         keys = jax.random.split(jax.random.key(options.seed + 1), 5)
@@ -362,6 +392,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             images, real, held_out = held_out_digits(options.samples)
         with clock("training"):
             model = train(options, images, run.resume, run.log)
+        if jax.process_count() > 1 or not options.measure:
+            print(f"trained; --resume in one process samples and measures what is in {run.out}/")
+            return {}
         grid = diffjax.grids.uniform(PROCESS, options.sampling_steps)
         draw = lambda scale: images_of(generate(model, solver, grid, held_out.labels, keys[0], scale))
         with clock("sampling"):

@@ -1,4 +1,4 @@
-"""A tiny run that saves after every step, to be killed at any moment by tests/test_checkpoint.py."""
+"""A tiny run that saves after every step, to be killed at any moment by its neighbours and benchmarks/restarts.py."""
 
 import sys
 from pathlib import Path
@@ -15,14 +15,18 @@ def apply(params, x, t, condition):
     return params["matrix"] @ x + t * params["bias"]
 
 
+OPTIMISER = training.adam(1e-2, warmup=2)
+
+
+def start():
+    return training.init(jax.random.key(0), {"matrix": jnp.eye(2), "bias": jnp.zeros(2)}, OPTIMISER)
+
+
 def main(folder, steps):
     loss = training.denoising(predictions.flow(processes.flow()), apply)
-    optimiser = training.adam(1e-2, warmup=2)
-    params = {"matrix": jnp.eye(2), "bias": jnp.zeros(2)}
-    state = training.init(jax.random.key(0), params, optimiser)
     return training.fit(
-        state,
-        training.train_step(loss, optimiser),
+        start(),
+        training.train_step(loss, OPTIMISER),
         toy.stream(toy.moons, jax.random.key(1), 8),
         steps=steps,
         folder=folder,

@@ -35,8 +35,8 @@ def mixed(apply: Callable, dtype: DTypeLike = jnp.bfloat16) -> Mixed:
     """The network ``apply(params, x, t, condition)`` computed in ``dtype``, and its output in float32.
 
     Parameters, state and condition are cast inside, so the parameters that are trained (the master weights), their
-    gradient and their average stay float32; the time is not cast, as its features need all of its digits. Needs a
-    network that computes in the type of what it is given.
+    gradient and their average stay float32. The time is not cast, as its features need all of its digits: the network
+    computes in the type of its state, to which it casts what it makes of the time.
 
     Raises ValueError for a type that is not floating.
     """

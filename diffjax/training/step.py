@@ -85,7 +85,7 @@ def _copied(tree: PyTree) -> PyTree:
 
 
 def update(
-    loss: Callable,
+    loss: Any,
     optimiser: optax.GradientTransformation,
     ema: Any = None,
     *,
@@ -244,7 +244,7 @@ class Step:
 
 
 def train_step(
-    loss: Callable,
+    loss: Any,
     optimiser: optax.GradientTransformation,
     ema: Any = None,
     *,
