@@ -5,17 +5,20 @@ state = init(key, params, optimiser)
 state = fit(state, train_step(loss, optimiser), batches, steps=2000, folder="runs/digits")
 """
 
-from diffjax.training import checkpoint, couplings, ema, weightings
+from diffjax.training import checkpoint, couplings, ema, transfer, weightings
 from diffjax.training.adaptive import curriculum, importance, warped
 from diffjax.training.exposure import perturbed, scheduled_sampling, unrolled
+from diffjax.training.hybrid import hybrid
 from diffjax.training.loop import fit
 from diffjax.training.losses import denoising
 from diffjax.training.optimiser import adam
+from diffjax.training.pairs import guided, learned_coupling
 from diffjax.training.picard import picard_consistency, picard_iterates, picard_weights
 from diffjax.training.precision import mixed
 from diffjax.training.self_conditioning import self_conditioned, stacked
 from diffjax.training.step import Metrics, TrainState, data_mesh, init, train_step, update
 from diffjax.training.times import cosmap, log_normal, log_snr, logit_normal, mode, restricted, shifted, uniform
+from diffjax.training.transfer import surgery
 from diffjax.training.weightings import unweighted, weight_limit
 
 __all__ = [
@@ -30,8 +33,11 @@ __all__ = [
     "denoising",
     "ema",
     "fit",
+    "guided",
+    "hybrid",
     "importance",
     "init",
+    "learned_coupling",
     "log_normal",
     "log_snr",
     "logit_normal",
@@ -46,7 +52,9 @@ __all__ = [
     "self_conditioned",
     "shifted",
     "stacked",
+    "surgery",
     "train_step",
+    "transfer",
     "uniform",
     "unrolled",
     "unweighted",

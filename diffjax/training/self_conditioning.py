@@ -29,11 +29,12 @@ def stacked(apply: Callable, axis: int = -1) -> Stacked:
     return Stacked(apply, axis)
 
 
-@value
+@dataclasses.dataclass(frozen=True)
 class Stacked:
-    apply: Callable = static()
-    axis: int = static()
-    factory = "stacked"
+    """Compared by what it is made of, as a network must be: losses hold it as static."""
+
+    apply: Callable
+    axis: int
 
     def __call__(self, params: Tree, x: Tree, t: Array, condition: Any) -> Tree:
         told, estimate = condition
