@@ -9,6 +9,7 @@ from typing import Any
 
 from flax import nnx
 
+from diffjax.networks import pretrained
 from diffjax.networks.dit import DiT, stacked, unstacked
 from diffjax.networks.functional import Apply, architecture, count, functional
 from diffjax.networks.layers import label, tokens, vector
@@ -25,6 +26,7 @@ __all__ = [
     "count",
     "functional",
     "label",
+    "pretrained",
     "stacked",
     "tokens",
     "unstacked",
@@ -38,7 +40,7 @@ def build(description: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module:
     Raises:
         ValueError: the name is none of this library's networks.
     """
-    kinds = {"mlp": MLP, "unet": UNet, "dit": DiT}
+    kinds = {"mlp": MLP, "unet": UNet, "dit": DiT, "published": pretrained.module}
     name = description.get("name")
     if name not in kinds:
         raise ValueError(f"network name {name!r} is not known; known are {sorted(kinds)}")
