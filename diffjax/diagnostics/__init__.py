@@ -4,6 +4,7 @@
 clean estimates (N, ...), the denoising trajectory; a batch is `jax.vmap`.
 """
 
+from diffjax.diagnostics.artifacts import score_jumps as score_jumps
 from diffjax.diagnostics.calibration import clean_offsets as clean_offsets
 from diffjax.diagnostics.conservativity import antisymmetry as antisymmetry
 from diffjax.diagnostics.conservativity import gauge_residual as gauge_residual

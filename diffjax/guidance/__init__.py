@@ -5,12 +5,21 @@ adds something to a plain denoiser (`tilted` and all that is made of it) is that
 """
 
 from diffjax.guidance.autoguidance import autoguidance, weak_to_strong
+from diffjax.guidance.bins import bin_loss, bin_probability, bins, cross_entropy, expected_tilt, quantile_edges
 from diffjax.guidance.cads import cads
 from diffjax.guidance.characteristic import characteristic
 from diffjax.guidance.classifier_free import classifier_free, composed
 from diffjax.guidance.conditions import conditioned
+from diffjax.guidance.distilled import guidance_distillation
+from diffjax.guidance.energy import contrastive_energy, energy
+from diffjax.guidance.gradient import gradient, likeness, potential_twist
+from diffjax.guidance.hooks import perturbed, with_features
+from diffjax.guidance.initial_noise import OptimisedNoise, optimised_noise
+from diffjax.guidance.minority import minority_score, self_minority
 from diffjax.guidance.noise_level import noise_direction, refined_noise
+from diffjax.guidance.perturbed_attention import Heads, perturbed_attention, search_heads
 from diffjax.guidance.predictor_corrector import predictor_corrector
+from diffjax.guidance.probe import probe, probe_loss
 from diffjax.guidance.residual import onetime_negative, self_negative
 from diffjax.guidance.rules import apg, rescale, zero_star
 from diffjax.guidance.schedules import interval, ramp, sine
@@ -18,27 +27,50 @@ from diffjax.guidance.skipping import adaptive, fitted_weights, linear_guidance,
 from diffjax.guidance.tilted import tilted
 
 __all__ = [
+    "Heads",
+    "OptimisedNoise",
     "adaptive",
     "apg",
     "autoguidance",
+    "bin_loss",
+    "bin_probability",
+    "bins",
     "cads",
     "characteristic",
     "classifier_free",
     "composed",
     "conditioned",
+    "contrastive_energy",
+    "cross_entropy",
+    "energy",
+    "expected_tilt",
     "fitted_weights",
+    "gradient",
+    "guidance_distillation",
     "interval",
+    "likeness",
     "linear_guidance",
+    "minority_score",
     "noise_direction",
     "onetime_negative",
+    "optimised_noise",
+    "perturbed",
+    "perturbed_attention",
+    "potential_twist",
     "predictor_corrector",
+    "probe",
+    "probe_loss",
+    "quantile_edges",
     "ramp",
     "refined_noise",
     "rescale",
+    "search_heads",
+    "self_minority",
     "self_negative",
     "sine",
     "tilted",
     "weak_to_strong",
+    "with_features",
     "zero_init",
     "zero_star",
 ]

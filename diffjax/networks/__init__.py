@@ -11,7 +11,7 @@ from flax import nnx
 
 from diffjax.networks import pretrained
 from diffjax.networks.dit import DiT, stacked, unstacked
-from diffjax.networks.functional import Apply, architecture, count, functional
+from diffjax.networks.functional import Apply, architecture, attention_heads, count, functional
 from diffjax.networks.layers import label, tokens, vector
 from diffjax.networks.mlp import MLP
 from diffjax.networks.unet import UNet
@@ -22,6 +22,7 @@ __all__ = [
     "DiT",
     "UNet",
     "architecture",
+    "attention_heads",
     "build",
     "count",
     "functional",

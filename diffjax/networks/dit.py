@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from numpy.typing import DTypeLike
 
 from diffjax.networks import layers
-from diffjax.networks.functional import Time, described
+from diffjax.networks.functional import Time, attention_rows, described
 
 
 class Block(nnx.Module):
@@ -45,9 +45,10 @@ class Block(nnx.Module):
         h: Float[Array, "n d"],
         embedding: Float[Array, " d"],
         sequences: list[Float[Array, "length c"]],
+        perturb: Float[Array, " heads"] | None = None,
     ) -> Float[Array, "n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulate(embedding), 6)
-        h = h + gate1 * self.attention(layers.layer_norm(h) * (1 + scale1) + shift1)
+        h = h + gate1 * self.attention(layers.layer_norm(h) * (1 + scale1) + shift1, perturb=perturb)
         for attention, sequence in zip(self.cross, sequences, strict=True):
             h = h + attention(layers.layer_norm(h), sequence.astype(h.dtype))
         inner = self.mlp_in(layers.layer_norm(h) * (1 + scale2) + shift2)
@@ -73,6 +74,10 @@ class DiT(nnx.Module):
         remat: what the backward pass computes again instead of keeping it: None keeps everything, "dots" keeps the
             outputs of matrix products alone, "full" keeps the input of each block alone. It changes no number and is
             no part of the recorded architecture.
+
+    Hooks of the call: `perturb` (depth, heads) turns the attention maps of each head towards the identity
+    (`layers.Attention`), and with `features=True` it returns `(output, features)`, the features (depth, tokens, width)
+    being the tokens after each block.
 
     Raises:
         ValueError: sizes that do not fit, named.
@@ -122,7 +127,8 @@ class DiT(nnx.Module):
             **({"scan": True} if scan else {}),
         )
         self.scan, self.remat = scan, remat
-        self.shape, self.patch, self.width, self.dtype = shape, patch, width, dtype
+        self.shape, self.patch, self.width, self.heads, self.dtype = shape, patch, width, heads, dtype
+        self.depth = depth
         self.output = output or shape[2]
         options = layers.linear_options(dtype, rngs)
         self.embed = layers.Embedding(width, specs, time_scale=time_scale, **options)
@@ -133,7 +139,14 @@ class DiT(nnx.Module):
         self.modulate = nnx.Linear(width, 2 * width, **(options | layers.ZERO))
         self.out = nnx.Linear(width, patch * patch * self.output, **(options | layers.ZERO))
 
-    def __call__(self, x: Float[Array, "..."], t: Time, condition: Any = None) -> Float[Array, "h w out"]:
+    def __call__(
+        self,
+        x: Float[Array, "..."],
+        t: Time,
+        condition: Any = None,
+        perturb: Float[Array, "layers ..."] | None = None,
+        features: bool = False,
+    ) -> Any:
         if x.shape != self.shape:
             raise ValueError(
                 f"x must be one image of shape {self.shape} (batches go through jax.vmap), got shape {x.shape}"
@@ -143,24 +156,32 @@ class DiT(nnx.Module):
         split = x.astype(self.dtype).reshape(height, patch, width, patch, -1)
         h = self.stem(split.transpose(0, 2, 1, 3, 4).reshape(height * width, -1))
         h = h + positions(height, width, self.width).astype(h.dtype)
-        h = self.through(h, embedding, sequences)
+        rows = attention_rows(perturb, (self.depth, self.heads))
+        h, hidden = self.through(h, embedding, sequences, rows, features)
         shift, scale = jnp.split(self.modulate(embedding), 2)
         h = self.out(layers.layer_norm(h) * (1 + scale) + shift).astype(jnp.float32)
         split = h.reshape(height, width, patch, patch, self.output).transpose(0, 2, 1, 3, 4)
-        return split.reshape(height * patch, width * patch, self.output)
+        output = split.reshape(height * patch, width * patch, self.output)
+        return (output, hidden) if features else output
 
-    def through(self, h: Array, embedding: Array, sequences: list[Array]) -> Array:
-        """The tokens after all blocks."""
+    def through(
+        self, h: Array, embedding: Array, sequences: list[Array], rows: list[Array | None], features: bool
+    ) -> tuple[Array, Array | None]:
+        """The tokens after all blocks and, with `features`, after each."""
         if not self.scan:
-            for block in self.blocks:
-                h = layers.called(block, self.remat)(h, embedding, sequences)
-            return h
+            hidden = []
+            for block, row in zip(self.blocks, rows, strict=True):
+                h = layers.called(block, self.remat)(h, embedding, sequences, row)
+                hidden.append(h)
+            return h, jnp.stack(hidden) if features else None
         graph, params = nnx.split(self.blocks)
 
-        def body(h: Array, params: Any) -> tuple[Array, None]:
-            return layers.called(nnx.merge(graph, params), self.remat)(h, embedding, sequences), None
+        def body(h: Array, part: Any) -> tuple[Array, Array | None]:
+            params, row = part
+            h = layers.called(nnx.merge(graph, params), self.remat)(h, embedding, sequences, row)
+            return h, h if features else None
 
-        return jax.lax.scan(body, h, params)[0]
+        return jax.lax.scan(body, h, (params, None if rows[0] is None else jnp.stack(rows)))
 
 
 def _one(blocks: list[Block]) -> Block:

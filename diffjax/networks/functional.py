@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
@@ -51,7 +52,9 @@ def _plain(value: Any) -> Any:
 class Apply:
     """A network as a pure function `(params, x, t, condition=None) -> output` of one sample.
 
-    Compared and hashed by its graph definition: static for `jax.jit`, never a reason to retrace.
+    Compared and hashed by its graph definition: static for `jax.jit`, never a reason to retrace. Keywords are hooks of
+    the network: `features=True` returns `(output, features)`, its hidden states block after block, and `perturb` of
+    shape `attention_heads(apply)` turns attention maps towards the identity (`layers.Attention`).
     """
 
     graph: nnx.GraphDef
@@ -70,8 +73,9 @@ class Apply:
         x: Float[Array, "..."],
         t: Time,
         condition: PyTree = None,
-    ) -> Float[Array, "..."]:
-        return nnx.merge(self.graph, _indexed(params))(x, t, condition)
+        **hooks: Any,
+    ) -> Float[Array, "..."] | tuple[Float[Array, "..."], PyTree]:
+        return nnx.merge(self.graph, _indexed(params))(x, t, condition, **hooks)
 
 
 def functional(module: nnx.Module) -> tuple[Apply, Params]:
@@ -102,6 +106,31 @@ def architecture(apply: Callable) -> dict[str, Any] | None:
     """The JSON description of one of this library's networks; None for any other function."""
     found = getattr(apply, "architecture", None)
     return found.json() if isinstance(found, Architecture) else None
+
+
+def attention_heads(apply: Callable) -> tuple[int, int]:
+    """`(layers, heads)` of self-attention, in order of execution: the shape of the hook `perturb`.
+
+    Raises:
+        ValueError: `apply` is none of this library's networks with attention.
+    """
+    found = architecture(apply) or {}
+    if found.get("name") == "dit":
+        return found["depth"], found["heads"]
+    if found.get("name") == "unet":
+        heights = [found["shape"][0] >> level for level in range(len(found["channels"]))]
+        attending = sum(height in found["attention"] for height in heights)
+        return 2 * found["blocks"] * attending + 1, found["heads"]
+    raise ValueError(f"apply must be a DiT or a UNet of diffjax.networks, got {found.get('name', apply)!r}")
+
+
+def attention_rows(perturb: Array | None, shape: tuple[int, int]) -> list[Array | None]:
+    """The hook `perturb`, one row for each layer; ValueError unless it is None, (layers, heads) or (layers,)."""
+    if perturb is None:
+        return [None] * shape[0]
+    if perturb.shape not in (shape, shape[:1]):
+        raise ValueError(f"perturb must have the shape {shape} (layers, heads) or {shape[:1]}, got {perturb.shape}")
+    return list(jnp.broadcast_to(perturb.reshape(shape[0], -1), shape))
 
 
 def count(params: PyTree) -> int:

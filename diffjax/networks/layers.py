@@ -226,6 +226,9 @@ class Attention(nnx.Module):
         size: width D of the tokens; `heads` must divide it.
         context: width of the tokens attended to; None for self-attention.
         zero: initialise the output projection with zeros.
+
+    Called with `perturb` (heads,), every head's attention map A is replaced by (1 - u) A + u I: its tokens attend to
+    themselves alone at u = 1, and nothing changes at u = 0. Self-attention only.
     """
 
     def __init__(
@@ -243,8 +246,17 @@ class Attention(nnx.Module):
         self.key_value = nnx.Linear(context or size, 2 * size, **options)
         self.out = nnx.Linear(size, size, **(options | ZERO if zero else options))
 
-    def __call__(self, x: Float[Array, "n d"], context: Float[Array, "m c"] | None = None) -> Float[Array, "n d"]:
+    def __call__(
+        self,
+        x: Float[Array, "n d"],
+        context: Float[Array, "m c"] | None = None,
+        perturb: Float[Array, " heads"] | None = None,
+    ) -> Float[Array, "n d"]:
         query = self.query(x)
         key, value = jnp.split(self.key_value(x if context is None else context), 2, -1)
         split = [part.reshape(part.shape[0], self.heads, -1) for part in (query, key, value)]
-        return self.out(jax.nn.dot_product_attention(*split).reshape(x.shape))
+        attended = jax.nn.dot_product_attention(*split)
+        if perturb is not None:  # (1 - u) A V + u V: the map itself is never formed
+            u = perturb.astype(attended.dtype)[:, None]
+            attended = (1 - u) * attended + u * split[2]
+        return self.out(attended.reshape(x.shape))

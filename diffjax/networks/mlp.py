@@ -45,6 +45,8 @@ class MLP(nnx.Module):
             [0, 1], where smoothness in time matters more (few dimensions) 100 is gentler.
         dtype: type of the computation; parameters and output are float32.
 
+    With `features=True` it returns `(output, features)`, the features (depth, width) being the state after each block.
+
     Raises:
         ValueError: sizes that do not fit, named.
     """
@@ -85,13 +87,16 @@ class MLP(nnx.Module):
         self.blocks = nnx.List(Block(width, **options) for _ in range(depth))
         self.out = nnx.Linear(width, output or size, **(options | layers.ZERO))
 
-    def __call__(self, x: Float[Array, "..."], t: Time, condition: Any = None) -> Float[Array, " out"]:
+    def __call__(self, x: Float[Array, "..."], t: Time, condition: Any = None, features: bool = False) -> Any:
         if x.shape != (self.size,):
             raise ValueError(
                 f"x must be one vector of shape ({self.size},) (batches go through jax.vmap), got shape {x.shape}"
             )
         embedding, _ = self.embed(jnp.asarray(t), condition)
         h = self.stem(x.astype(self.dtype))
+        hidden = []
         for block in self.blocks:
             h = block(h, embedding)
-        return self.out(nnx.silu(layers.layer_norm(h))).astype(jnp.float32)
+            hidden.append(h)
+        output = self.out(nnx.silu(layers.layer_norm(h))).astype(jnp.float32)
+        return (output, jnp.stack(hidden)) if features else output

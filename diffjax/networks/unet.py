@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from numpy.typing import DTypeLike
 
 from diffjax.networks import layers
-from diffjax.networks.functional import Time, described
+from diffjax.networks.functional import Time, attention_rows, described
 
 
 class Block(nnx.Module):
@@ -36,7 +36,9 @@ class Block(nnx.Module):
         self.skip = None if c_in == c_out else nnx.Linear(c_in, c_out, **options)
         self.attention = None if heads is None else layers.Attention(c_out, heads, zero=True, **options)
 
-    def __call__(self, x: Float[Array, "h w a"], embedding: Float[Array, " e"]) -> Float[Array, "h w b"]:
+    def __call__(
+        self, x: Float[Array, "h w a"], embedding: Float[Array, " e"], perturb: Float[Array, " heads"] | None = None
+    ) -> Float[Array, "h w b"]:
         scale, shift = jnp.split(self.modulate(embedding), 2)
         h = self.first(nnx.silu(layers.group_norm(x, self.groups)))
         h = layers.group_norm(h, self.groups) * (1 + scale) + shift
@@ -44,7 +46,7 @@ class Block(nnx.Module):
         if self.attention is None:
             return x
         pixels = layers.group_norm(x, self.groups).reshape(-1, x.shape[-1])
-        return x + self.attention(pixels).reshape(x.shape)
+        return x + self.attention(pixels, perturb=perturb).reshape(x.shape)
 
 
 class UNet(nnx.Module):
@@ -66,6 +68,10 @@ class UNet(nnx.Module):
         dtype: type of the computation; parameters and output are float32.
         remat: what the backward pass computes again instead of keeping it, block by block: None nothing, "dots" all
             but matrix products, "full" everything. It changes no number and is no part of the recorded architecture.
+
+    Hooks of the call: `perturb` (attending blocks, heads) turns the attention maps of each head towards the identity
+    (`layers.Attention`), and with `features=True` it returns `(output, features)`, a tuple of the (h, w, c) after each
+    block; both in order of execution.
 
     Raises:
         ValueError: sizes that do not fit, named.
@@ -114,6 +120,7 @@ class UNet(nnx.Module):
         self.channels, self.shape, self.dtype, self.groups = channels, shape, dtype, groups
         options = layers.linear_options(dtype, rngs)
         attends = [heads if height in attention else None for height in heights]
+        self.heads, self.attending = heads, 2 * blocks * sum(attend is not None for attend in attends) + 1
 
         def block(c_in: int, level: int, attend: int | None) -> Block:
             return Block((c_in, channels[level]), embedding, attend, groups, **options)
@@ -134,7 +141,14 @@ class UNet(nnx.Module):
         self.middle = nnx.List(block(channels[last], last, attend) for attend in (heads, None))
         self.out = nnx.Conv(channels[0], output or shape[2], (3, 3), **(options | layers.ZERO))
 
-    def __call__(self, x: Float[Array, "..."], t: Time, condition: Any = None) -> Float[Array, "h w out"]:
+    def __call__(
+        self,
+        x: Float[Array, "..."],
+        t: Time,
+        condition: Any = None,
+        perturb: Float[Array, "layers ..."] | None = None,
+        features: bool = False,
+    ) -> Any:
         factor = 2 ** (len(self.channels) - 1)
         if x.ndim != 3 or x.shape[2] != self.shape[2] or x.shape[0] % factor or x.shape[1] % factor:
             raise ValueError(
@@ -142,22 +156,31 @@ class UNet(nnx.Module):
                 f"(batches go through jax.vmap), got shape {x.shape}"
             )
         embedding, _ = self.embed(jnp.asarray(t), condition)
+        rows = iter(attention_rows(perturb, (self.attending, self.heads)))
+        hidden = []
+
+        def run(block: Block, h: Float[Array, "h w a"]) -> Float[Array, "h w b"]:
+            row = None if block.attention is None else next(rows)
+            hidden.append(layers.called(block, self.remat)(h, embedding, row))
+            return hidden[-1]
+
         h = self.stem(x.astype(self.dtype))
         skips = []
         for level, blocks in enumerate(self.down):
             for block in blocks:
-                h = layers.called(block, self.remat)(h, embedding)
+                h = run(block, h)
                 skips.append(h)
             if level < len(self.shrink):
                 h = self.shrink[level](_fold(h))
         for block in self.middle:
-            h = layers.called(block, self.remat)(h, embedding)
+            h = run(block, h)
         for level in reversed(range(len(self.up))):
             if level < len(self.grow):
                 h = _unfold(self.grow[level](h))
             for block in self.up[level]:
-                h = layers.called(block, self.remat)(jnp.concatenate([h, skips.pop()], -1), embedding)
-        return self.out(nnx.silu(layers.group_norm(h, self.groups))).astype(jnp.float32)
+                h = run(block, jnp.concatenate([h, skips.pop()], -1))
+        output = self.out(nnx.silu(layers.group_norm(h, self.groups))).astype(jnp.float32)
+        return (output, tuple(hidden)) if features else output
 
 
 def _fold(x: Float[Array, "h w c"]) -> Float[Array, "h//2 w//2 4*c"]:

@@ -11,6 +11,8 @@ from diffjax.training.exposure import perturbed, scheduled_sampling, unrolled
 from diffjax.training.hybrid import hybrid
 from diffjax.training.loop import fit
 from diffjax.training.losses import denoising
+from diffjax.training.noise_refinement import noise_refinement
+from diffjax.training.optimal_classifier import Round, Visits, optimal_classifier, visits
 from diffjax.training.optimiser import adam
 from diffjax.training.pairs import guided, learned_coupling
 from diffjax.training.picard import picard_consistency, picard_iterates, picard_weights
@@ -23,7 +25,9 @@ from diffjax.training.weightings import unweighted, weight_limit
 
 __all__ = [
     "Metrics",
+    "Round",
     "TrainState",
+    "Visits",
     "adam",
     "checkpoint",
     "cosmap",
@@ -43,6 +47,8 @@ __all__ = [
     "logit_normal",
     "mixed",
     "mode",
+    "noise_refinement",
+    "optimal_classifier",
     "perturbed",
     "picard_consistency",
     "picard_iterates",
@@ -59,6 +65,7 @@ __all__ = [
     "unrolled",
     "unweighted",
     "update",
+    "visits",
     "warped",
     "weight_limit",
     "weightings",
