@@ -51,7 +51,6 @@ def test_artifacts_are_found_and_repaired_on_the_way(drawn):
     inside, outside = maps[:, PATCH].ravel(), maps[:, ~PATCH].ravel()
     auc = np.mean(inside[:, None] > outside[None])
     rates = {name: off(found)[:, PATCH].mean() for name, found in drawn.items()}
-    print(auc, rates)
     assert auc > 0.99
     assert rates["broken"] > 0.95 and rates["good"] < 0.01
     assert rates["repaired"] < 0.02 and rates["stochastic"] < 0.05
@@ -103,7 +102,6 @@ def test_optimised_noise_raises_success_within_its_divergence():
     found, x, plain = jax.jit(jax.vmap(one, (0, None)))(jax.random.split(jax.random.key(0), 300), 0.4)
     distances = lambda x: np.linalg.norm(np.asarray(x)[:, None] - MEANS, axis=-1)
     success, before = np.mean(distances(x).argmin(1) == 1), np.mean(distances(plain).argmin(1) == 1)
-    print(success, before, found.loss.mean(), wanted, found.divergence.max())
     assert abs(before - 0.15) < 4 * np.sqrt(0.15 * 0.85 / 300) and success > 0.4
     assert np.all(found.divergence <= 0.4 * (1 + 1e-4)) and found.divergence.mean() > 0.3
     assert np.mean(distances(x).min(1) < 4.5 * 0.2) > 0.97

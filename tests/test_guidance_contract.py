@@ -74,6 +74,16 @@ class Near:
         return -0.5 * sum(((leaf - self.number) ** 2).sum() for leaf in jax.tree.leaves(x0)), x0
 
 
+@value
+class Far:
+    """A potential: states near a number are likely."""
+
+    number: Array
+
+    def __call__(self, x: Tree, level: Level) -> Array:
+        return -0.5 * sum(((leaf - self.number) ** 2).sum() for leaf in jax.tree.leaves(x))
+
+
 # What an argument without a default is, by its name and the grid; None: no guidance is built with it.
 ARGUMENTS: dict[str, Callable[[Grid], Any]] = {
     "null": lambda grid: NULL,
@@ -84,6 +94,7 @@ ARGUMENTS: dict[str, Callable[[Grid], Any]] = {
     "grid": lambda grid: grid,
     "level": lambda grid: grid.start,
     "key": lambda grid: jax.random.key(3),
+    "potential": lambda grid: Far(jnp.float32(1.0)),
     "twist": lambda grid: Near(jnp.float32(1.0)),
     "reference": lambda grid: jax.tree.map(lambda leaf: 0.5 * leaf, X),
     "weights": lambda grid: np.random.default_rng(0).normal(size=(STEPS, 2, STEPS)) * np.tri(STEPS, k=-1)[:, None],

@@ -34,26 +34,29 @@ def test_contrastive_energy_is_exact_and_the_energy_of_the_mean_is_not():
     weights, means, variance = np.array([0.75, 0.25]), np.array([[-1.0, 0.0], [1.0, 0.4]]), 0.09
     slope = np.array([1.2, -0.5])  # E = -slope . x
     data = oracles.mixture(weights, means, np.full(2, variance))
-    betas = jnp.array([0.75, 1.5])
+    betas = jnp.array([0.75, 1.25])
 
     def network(params, x, t):
-        """log sum_k r_k(x) exp(bias_k + slope_k . mean_k(x)), which holds the exact f: equal biases, slopes beta b."""
+        """log sum_k r_k(x) exp(params . mean_k(x)), which is the exact f at params = beta slope."""
         level = PROCESS.level(t)
         gain = level.alpha * variance / (level.alpha**2 * variance + level.sigma**2)
         centres = means + gain * (x - level.alpha * means)
-        logs = jnp.log(data.responsibilities(x, level)) + params[:, 0] + jnp.sum(params[:, 1:] * centres, -1)
-        return jax.nn.logsumexp(logs)
+        return jax.nn.logsumexp(jnp.log(data.responsibilities(x, level)) + centres @ params)
 
-    def fit(beta, key):
-        loss = guidance.contrastive_energy(PROCESS, network, 128, beta)
+    def fit(beta, key, group=8, normalise="batch"):
+        loss = guidance.contrastive_energy(PROCESS, network, group, beta, normalise=normalise)
 
         def one(params, key):
-            x0 = jax.vmap(data.sample)(jax.random.split(key, 256))
+            x0 = jax.vmap(data.sample)(jax.random.split(key, 1024))
             return loss(params, jax.random.fold_in(key, 1), x0, -x0 @ slope).mean()
 
-        return tiny.train(one, jnp.zeros((2, 3)), key, 400, rate=5e-2)[0]
+        return tiny.train(one, jnp.zeros(2), key, 300, rate=5e-2)[0]
 
     learned = jax.jit(jax.vmap(fit))(betas, jax.random.split(jax.random.key(0), 2))
+    paired = jax.jit(lambda: fit(betas[1], jax.random.key(0), 2, "group"))()  # the paper's softmax, of two samples
+    exact = np.asarray(betas)[:, None] * slope
+    assert np.all(np.linalg.norm(learned - exact, axis=1) < 0.12 * np.linalg.norm(exact, axis=1)), learned
+    assert np.linalg.norm(paired) < 0.8 * np.linalg.norm(learned[1])
     grid = grids.uniform(PROCESS, 30)
 
     @jax.jit
@@ -117,7 +120,6 @@ def test_ordinal_minority_classifier_raises_the_share_of_the_rare():
         return jnp.bincount(bins, length=4), jax.vmap(rare)(jnp.array([0, 0, 3, 3]), jnp.array([0.0, 2.0, 1.0, 3.0]))
 
     counts, (rare, on) = run()
-    print(counts, rare, on)
     assert counts.tolist() == [256] * 4
     error = np.sqrt(0.3 * 0.7 / 500)
     assert abs(rare[0] - 0.3) < 4 * error
@@ -175,7 +177,6 @@ def test_optimal_classifier_comes_nearer_to_the_tilted_law_in_every_round():
     rounds = np.array([divergence(x) for x in guided]).reshape(4, 4).mean(0)
     short, base = divergence(short), divergence(base)
     rewarded = np.array([[float(r.reward) for r in rounds] for rounds in found]).mean(0)
-    print("KL", base, rounds, short, "rewards", rewarded)
     assert base > 1.0 and rounds[0] < 0.4 * base and short > 0.3
     assert rounds[2:].sum() < 0.8 * rounds[:2].sum() and rounds[3] < 0.6 * rounds[0] and rounds[3] < 0.4 * short
     assert rewarded[0] < -0.85 and rewarded[3] > rewarded[0] + 0.2
@@ -217,7 +218,6 @@ def test_a_probe_of_hidden_states_steers():
         return found, exact, jax.vmap(off)(jnp.array([0.0, 2.0, 8.0])), steer(denoise, x[0], level)
 
     found, exact, off, (log_h, x0) = run()
-    print("probe", np.abs(found - exact).max(), "errors", off)
     np.testing.assert_allclose(found, exact, atol=0.1)
     assert off[0] > off[1] + 0.1 and off[1] > off[2] + 0.1
     np.testing.assert_allclose(log_h, -0.5 * (found[0] - 1.0) ** 2, atol=1e-5)
@@ -271,7 +271,6 @@ def test_refined_noise_replaces_guidance():
         return found, go(plain, refine(found[0], z)), go(guided, z), go(plain, z)
 
     found, refined, wanted, unrefined = run()
-    print(np.abs(found[0] - exact).max(), np.abs(found[1] - exact).max())
     np.testing.assert_allclose(found[0], exact, atol=5e-3)
     np.testing.assert_allclose(found[1], exact, atol=5e-3)
     np.testing.assert_allclose(refined.x, wanted.x, atol=1e-2)
@@ -319,6 +318,8 @@ def test_a_student_that_is_told_the_scale():
 def test_refused():
     with pytest.raises(ValueError, match="group"):
         guidance.contrastive_energy(PROCESS, tiny.apply, 1)
+    with pytest.raises(ValueError, match="normalise"):
+        guidance.contrastive_energy(PROCESS, tiny.apply, 2, normalise="all")
     with pytest.raises(ValueError, match="divide"):
         guidance.contrastive_energy(PROCESS, tiny.apply, 3)(None, jax.random.key(0), jnp.zeros((4, 2)), jnp.zeros(4))
     with pytest.raises(ValueError, match="low < high"):

@@ -118,5 +118,5 @@ def cross_entropy(apply: Callable, params: Tree, process: Process, x: Tree, leve
 
 def check_edges(edges: Array) -> None:
     """ValueError unless concrete edges increase."""
-    if not is_traced(edges) and not (np.ndim(edges) == 1 and np.all(np.diff(np.asarray(edges)) > 0)):
+    if not is_traced(edges) and not (np.ndim(edges) == 1 and np.all(np.diff(np.asarray(edges, np.float64)) > 0)):
         raise ValueError(f"edges must be an increasing array, got {edges!r}.")

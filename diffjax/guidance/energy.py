@@ -41,33 +41,45 @@ class Energy:
 
 
 def contrastive_energy(
-    process: Process, apply: Callable[..., Array], group: int, beta: Array = 1.0, law: Any = None
+    process: Process,
+    apply: Callable[..., Array],
+    group: int,
+    beta: Array = 1.0,
+    *,
+    normalise: str = "batch",
+    law: Any = None,
 ) -> ContrastiveEnergy:
     """The loss ``loss(params, key, x0, energies) -> (B,)`` whose minimiser is the exact intermediate energy.
 
     A batch is cut into groups of K samples of q0 that share a level, and in each
 
-        loss = -sum_i softmax_i(-beta E(x_0^i)) log softmax_i(f(x_t^i, t)),
+        loss = -sum_i w_i log softmax_i(f(x_t^i, t)),        w = exp(-beta E(x_0)) / Z,
 
     so that f learns the ratios of p(x_t) to q(x_t), up to a constant of the level, and no energy has to be evaluated
-    at noisy states.  What is returned is K times the terms of the sum, whose mean over the batch is the mean over the
-    groups.  At any K the minimiser is f = log E[exp(-beta E) | x_t] to O(1 / K), the bias of a softmax over K samples.
+    at noisy states.  With Z a constant the minimiser is f = log E[exp(-beta E) | x_t] at any K: given the noisy states
+    w is exp(f) in the mean, and a cross entropy is least at its weights.  Z is an estimate from samples, from the whole
+    batch (an error of O(1 / B)), or from the group, the softmax of the paper, which is O(1 / K) off.  What is returned
+    is the terms of the sum, in units in which their mean over the batch is the mean over the groups.
 
     Args:
         process: that noises the data.
         apply: ``f``: a network ``apply(params, x, network time) -> scalar``, of one sample.
         group: K, at least 2; it must divide the batch.
         beta: the inverse temperature.
+        normalise: "batch" or "group", over what the weights are normalised.
         law: of the levels, a quantile function ``(process, u) -> Level``; default times uniform in (0, end).
 
     Contrastive Energy Prediction for Exact Energy-Guided Diffusion Sampling in Offline Reinforcement Learning,
     arXiv:2304.12824, equation 10.
 
-    Raises ValueError for a group below 2 and, when called, for a batch that it does not divide.
+    Raises ValueError for a group below 2, another normalise and, when called, for a batch that the group does not
+    divide.
     """
+    if normalise not in ("batch", "group"):
+        raise ValueError(f"normalise must be 'batch' or 'group', got {normalise!r}.")
     if isinstance(group, bool) or not isinstance(group, int) or group < 2:
         raise ValueError(f"group must be an integer of at least 2, got {group!r}.")
-    return ContrastiveEnergy(process, beta, law, apply, group)
+    return ContrastiveEnergy(process, beta, law, apply, group, normalise)
 
 
 @value
@@ -77,6 +89,7 @@ class ContrastiveEnergy:
     law: Any
     apply: Callable = static()
     group: int = static()
+    normalise: str = static()
     factory = "contrastive_energy"
 
     def __call__(self, params: Tree, key: Array, x0: Tree, energies: Array) -> Array:
@@ -89,8 +102,13 @@ class ContrastiveEnergy:
         level = noise_levels(self.process, self.law, jnp.repeat(u, self.group))
         x = jax.vmap(noised, (None, 0, 0, 0))(self.process, jax.random.split(drawn, count), x0, level)
         f = jax.vmap(energy(self.apply, params, self.process))(x, level).reshape(groups, self.group)
-        wanted = jax.nn.softmax(-self.beta * energies.reshape(groups, self.group), axis=-1)
-        return (-self.group * wanted * jax.nn.log_softmax(f, axis=-1)).reshape(count)
+        weights = jax.nn.softmax(-self.beta * energies.reshape(groups, self.group), self._axes)
+        weights = weights * (count if self.normalise == "batch" else self.group)
+        return (-weights * jax.nn.log_softmax(f, axis=-1)).reshape(count)
+
+    @property
+    def _axes(self) -> Any:
+        return (0, 1) if self.normalise == "batch" else -1
 
 
 # --- what losses of potentials share --------------------------------------------------------------------------------

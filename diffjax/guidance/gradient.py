@@ -19,7 +19,7 @@ from diffjax.corrections.transform import check_within, condition_within, evalua
 from diffjax.levels import Array, Level, Tree, as_value, is_traced, remembers, value
 
 
-def gradient(denoise: Any, potential: Any, scale: Any = 1.0) -> Gradient:
+def gradient(denoise: Any, potential: Any, scale: Any = 1.0) -> Gradient | RememberingGradient:
     """``x0 + scale sigma^2 / alpha grad_x F(x, level)``: the score of ``p_t(x) exp(scale F(x))`` (Tweedie's formula).
 
     Under an ancestral step this is the shift of its mean by ``scale`` times the variance times the gradient, to first

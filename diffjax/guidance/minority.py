@@ -119,12 +119,10 @@ class SelfMinority:
         key = jax.random.fold_in(self.key, jax.lax.bitcast_convert_type(jnp.float32(level.time), jnp.uint32))
         again = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(*jax.tree.leaves(x))), self.level)
 
-        def lost(x: Tree) -> tuple[Array, Tree]:
-            x0 = self.denoise(x, level)
-            rebuilt = self.denoise(_renoised(key, jax.lax.stop_gradient(x0), again), again)
-            return self.measure(x0, jax.lax.stop_gradient(rebuilt)), x0
-
-        slope, x0 = jax.grad(lost, has_aux=True)(x)
+        # by a pull-back instead of stop_gradient, so that the result still has its own derivative in x
+        x0, back = jax.vjp(lambda x: self.denoise(x, level), x)
+        rebuilt = self.denoise(_renoised(key, x0, again), again)
+        (slope,) = back(jax.grad(self.measure)(x0, rebuilt))
         if self.normalise is not None:
             slope = self.normalise(slope)
         return shifted(x0, slope, level, self.scale)

@@ -20,7 +20,7 @@ from diffjax.levels import Array, Level, Tree, is_traced, remembers, value
 
 
 def perturbed_attention(
-    denoise: Any, heads: Array, scale: Array = 1.0, *, null: Tree = None, condition_scale: Array = 1.0
+    network: Any, heads: Array, scale: Array = 1.0, *, null: Tree = None, condition_scale: Array = 1.0
 ) -> PerturbedAttention:
     """``x0 = x0(c) + (scale - 1) (x0(c) - x0(c, perturbed))``: all branches in one batched network call.
 
@@ -32,7 +32,7 @@ def perturbed_attention(
     Counts as two network evaluations, with ``null`` as three.
 
     Args:
-        denoise: a network's denoiser (`Prediction.decode`) or a transformation of one, that does not remember.
+        network: a network's denoiser (`Prediction.decode`) or a transformation of one, that does not remember.
         heads: u in [0, 1], of shape (layers, heads) (`diffjax.networks.attention_heads`) or (layers,) for whole layers:
             0 leaves a head alone, 1 replaces its attention map by the identity.
         scale: 1 is no guidance.
@@ -46,8 +46,8 @@ def perturbed_attention(
     Raises ValueError without a network inside, for u outside [0, 1], a scale that is not finite (where concrete), a
     denoiser that remembers, and for a condition_scale without ``null``.
     """
-    if remembers(denoise):
-        raise ValueError(f"perturbed_attention cannot wrap a denoiser that remembers, got {denoise!r}.")
+    if remembers(network):
+        raise ValueError(f"perturbed_attention cannot wrap a denoiser that remembers, got {network!r}.")
     if not is_traced(heads) and not np.all((np.asarray(heads) >= 0) & (np.asarray(heads) <= 1)):
         raise ValueError(f"heads must be between 0 and 1, got {heads!r}.")
     for name, number in (("scale", scale), ("condition_scale", condition_scale)):
@@ -55,12 +55,12 @@ def perturbed_attention(
             raise ValueError(f"{name} must be finite, got {number!r}.")
     if null is None and not (is_traced(condition_scale) or np.all(np.asarray(condition_scale) == 1)):
         raise ValueError(f"condition_scale={condition_scale!r} needs null, the condition that means 'not told'.")
-    perturbed(denoise, heads)  # refuses what has no network
+    perturbed(network, heads)  # refuses what has no network
     if null is not None:
-        if getattr(denoise, "condition", None) is None:
-            raise ValueError(f"null={null!r} needs a denoiser with a condition to replace, got {denoise!r}.")
-        null = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, jnp.result_type(like)), null, denoise.condition)
-    return PerturbedAttention(denoise, jnp.asarray(heads, jnp.float32), scale, null, condition_scale)
+        if getattr(network, "condition", None) is None:
+            raise ValueError(f"null={null!r} needs a denoiser with a condition to replace, got {network!r}.")
+        null = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, jnp.result_type(like)), null, network.condition)
+    return PerturbedAttention(network, jnp.asarray(heads, jnp.float32), scale, null, condition_scale)
 
 
 @value
@@ -120,7 +120,7 @@ def search_heads(objective: Callable[[Array], Array], shape: tuple[int, int], ro
         raise ValueError(f"needs 1 <= rounds * each <= {layers * heads} heads, got rounds={rounds}, each={each}.")
     candidates = jnp.eye(layers * heads).reshape(-1, layers, heads)
 
-    def one(mask: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
+    def one(mask: Array, _: Any) -> tuple[Array, tuple[Array, Array]]:
         found = jax.lax.map(lambda more: objective(jnp.maximum(mask, more)), candidates)
         found = jnp.where(mask.reshape(-1) > 0, -jnp.inf, found)
         _, best = jax.lax.top_k(found, each)

@@ -46,16 +46,16 @@ class Probe:
         return -0.5 * _square(found, self.target), x0
 
 
-def probe_loss(denoise: Any, apply: Callable[..., Tree], law: Any = None) -> ProbeLoss:
+def probe_loss(network: Any, apply: Callable[..., Tree], law: Any = None) -> ProbeLoss:
     """The loss ``loss(params, key, x0, targets) -> (B,)`` of a probe, ``|A(features(x_t), t) - target|^2``.
 
-    ``denoise`` is the frozen network's denoiser (`Prediction.decode`), ``targets`` (B, ...) the condition of each clean
+    ``network`` is the frozen network's denoiser (`Prediction.decode`), ``targets`` (B, ...) the condition of each clean
     sample, ``law`` that of the levels, a quantile function ``(process, u) -> Level``; default times uniform in
     (0, end).
 
     LaCon: Late-Constraint Diffusion for Steerable Guided Image Synthesis, arXiv:2305.11520, equation 3.
     """
-    return ProbeLoss(denoise, law, apply)
+    return ProbeLoss(network, law, apply)
 
 
 @value
