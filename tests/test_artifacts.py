@@ -91,7 +91,6 @@ def test_optimised_noise_raises_success_within_its_divergence():
     """A rare component is asked for: nearly always made, with noise that stays in bounds and samples that are data."""
     grid = grids.uniform(VP, 25)
     loss = lambda x: -jnp.log(DATA.responsibilities(x, grid.start)[1])
-    wanted = float(-np.log(0.15)) - 0.02  # at this level a responsibility hardly differs from the weight
 
     def one(key, bound):
         keywords = {"steps": 60, "rounds": 1, "learning_rate": 0.05}

@@ -181,7 +181,9 @@ class DiT(nnx.Module):
             h = layers.called(nnx.merge(graph, params), self.remat)(h, embedding, sequences, row)
             return h, h if features else None
 
-        return jax.lax.scan(body, h, (params, None if rows[0] is None else jnp.stack(rows)))
+        return jax.lax.scan(
+            body, h, (params, None if rows[0] is None else jnp.stack([row for row in rows if row is not None]))
+        )
 
 
 def _one(blocks: list[Block]) -> Block:
