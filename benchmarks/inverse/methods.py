@@ -1,0 +1,170 @@
+"""The methods of the benchmark, each with one setting for all cells, by the rule that stands beside it.
+
+Rule for all: 100 steps even in log-SNR from 50 to 0.002 standard deviations of the data, then to 0, ancestral steps;
+numbers with units follow from the data's variance v (a thousand samples), the noise and the largest singular value.
+What is published for images is carried over per step and per unit of the data's norm.  Nothing is tuned to a cell.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import diffjax
+from benchmarks.inverse.problems import DRAWS
+from diffjax import grids, guidance, inverse, processes, sample, solvers
+
+STEPS = 100
+
+
+class Setting(NamedTuple):
+    """What a method may use beside the prior and the measurement."""
+
+    process: Any
+    grid: Any
+    variance: float
+    shape: tuple
+    exact: Any  # the exact twist, or None
+    key: Any  # of the draws inside denoisers
+
+
+class Method(NamedTuple):
+    """``one(key, prior, seen, setting) -> Sample`` draws a sample, or, of particles, a weighted population."""
+
+    rule: str
+    one: Callable
+    particles: bool = False
+    needs_exact: bool = False
+
+
+def setting(variance: float, shape: tuple, exact: Any, key: Any) -> Setting:
+    scale = math.sqrt(variance)
+    process = processes.edm(50 * scale)
+    return Setting(process, grids.log_snr(process, STEPS, stop=0.002 * scale), variance, shape, exact, key)
+
+
+ANCESTRAL = solvers.ddim(eta=1.0)
+
+
+def run(key: Any, denoise: Any, s: Setting, solver: Any = ANCESTRAL, grid: Any = None) -> Any:
+    return sample(key, denoise, solver, s.grid if grid is None else grid, shape=s.shape)
+
+
+def twisted(twist: Callable) -> Callable:
+    """A twist as guidance."""
+    return lambda key, prior, seen, s: run(key, guidance.tilted(prior, twist(seen, s)), s)
+
+
+def particles(twist: Callable) -> Callable:
+    """A twist in sequential Monte Carlo."""
+
+    def one(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+        return diffjax.steer(key, prior, ANCESTRAL, s.grid, s.shape, particles=DRAWS, twist=twist(seen, s))
+
+    return one
+
+
+def around(change: Callable) -> Callable:
+    """A changed solver."""
+    return lambda key, prior, seen, s: run(key, prior, s, change(seen, s))
+
+
+def top(seen: Any) -> Any:
+    """The largest squared singular value."""
+    return jnp.max(jnp.asarray(seen.operator.squared))
+
+
+def gradient_step(s: Setting) -> float:
+    return 10 * math.sqrt(s.variance * math.prod(s.shape)) / 222
+
+
+def red_diff(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+    optimiser = inverse.adam(0.1 * math.sqrt(s.variance))
+    x = inverse.pseudo_inverse(seen.operator, jnp.asarray(seen.y, jnp.float32))
+    return inverse.red_diff(key, prior, seen, s.grid, x, strength=1 / s.variance, optimiser=optimiser)
+
+
+def pnp_dm(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+    stds = math.sqrt(s.variance) * np.geomspace(3.0, 0.05, 40)
+    return inverse.pnp_dm(key, prior, seen, s.process, s.shape, stds=stds, steps=10)
+
+
+def daps(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+    return inverse.daps(key, prior, seen, s.grid[::2], s.shape, steps=5)
+
+
+def repaint(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+    return run(key, inverse.replacement(prior, seen, key), s, grid=grids.time_travel(s.grid, 10, 5))
+
+
+TWISTS = {
+    "exact": lambda seen, s: s.exact,
+    "likelihood": lambda seen, s: inverse.likelihood(seen),
+    "pigdm, v = 1": lambda seen, s: inverse.pigdm(seen, 1.0),
+    "pigdm, data's v": lambda seen, s: inverse.pigdm(seen, s.variance),
+    "tmpd": lambda seen, s: inverse.tmpd(seen, solver="dense"),
+    "mmps": lambda seen, s: inverse.mmps(seen, solver="dense"),
+    "lgd": lambda seen, s: inverse.lgd(seen, s.variance, s.key, samples=16),
+}
+RULES = {
+    "exact": "none",
+    "likelihood": "none; the likelihood's own step",
+    "pigdm, v = 1": "unit variance, as usual",
+    "pigdm, data's v": "v",
+    "tmpd": "none",
+    "mmps": "none; dense systems",
+    "lgd": "v, 16 draws",
+}
+METHODS = {name: Method(RULES[name], twisted(twist), needs_exact=name == "exact") for name, twist in TWISTS.items()} | {
+    "dps": Method(
+        "step 1 at 1000 steps for images of norm 222, to scale",
+        around(lambda seen, s: inverse.dps(ANCESTRAL, seen, gradient_step(s))),
+    ),
+    "mcg": Method("as dps", around(lambda seen, s: inverse.mcg(ANCESTRAL, seen, gradient_step(s)))),
+    "null_space": Method("none", lambda key, prior, seen, s: run(key, inverse.null_space(prior, seen), s)),
+    "ddnm": Method("eta 0", around(lambda seen, s: inverse.ddnm(ANCESTRAL, seen))),
+    "ddrm": Method("eta 0.85, eta_b 1", around(lambda seen, s: inverse.ddrm(seen))),
+    "diffpir": Method(
+        "lambda 8, zeta 1",
+        lambda key, prior, seen, s: run(key, inverse.diffpir(prior, seen), s, solvers.flow_cps(1.0)),
+    ),
+    "replacement": Method("none", lambda key, prior, seen, s: run(key, inverse.replacement(prior, seen, key), s)),
+    "repaint": Method("jumps of 10, 5 times", repaint),
+    "lanpaint": Method(
+        "5 inner steps, lambda 1, friction 2, size 0.3", around(lambda seen, s: inverse.lanpaint(ANCESTRAL, seen))
+    ),
+    "flowchef": Method(
+        "half the step that is stable", around(lambda seen, s: inverse.flowchef(ANCESTRAL, seen, 0.5 / top(seen)))
+    ),
+    "red_diff": Method("lambda 1 / v, Adam of rate sqrt(v) / 10", red_diff),
+    "daps": Method("50 levels, 5 ODE steps", daps),
+    "pnp_dm": Method("40 rounds, rho from 3 to 0.05 sqrt(v), 10 steps", pnp_dm),
+}
+for _name in ("exact", "likelihood", "pigdm, v = 1", "pigdm, data's v", "tmpd", "mmps"):
+    METHODS[f"tds, {_name}"] = Method(
+        f"{DRAWS} particles", particles(TWISTS[_name]), particles=True, needs_exact=_name == "exact"
+    )
+
+
+@functools.cache
+def compiled(name: str, shape: tuple, variance: float, exact: bool) -> Callable:
+    """``(keys, prior, seen, twists) -> results`` over problems, jitted once for all noises of a problem."""
+    method = METHODS[name]
+
+    def population(key: Any, prior: Any, seen: Any, twist: Any) -> Any:
+        s = setting(variance, shape, twist if exact else None, key)
+        if method.particles:
+            return method.one(key, prior, seen, s)
+        return jax.vmap(lambda k: method.one(k, prior, seen, s))(jax.random.split(key, DRAWS))
+
+    return jax.jit(
+        lambda keys, prior, seen, twists: jax.lax.map(
+            lambda given: population(given[0], prior, given[1], given[2]), (keys, seen, twists)
+        )
+    )

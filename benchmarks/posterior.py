@@ -1,0 +1,141 @@
+"""Every method for inverse problems against the exact posterior: how far its samples are, how calibrated, at what cost.
+
+`python -m benchmarks.posterior [--quick] [--problems "A;B"] [--methods "A;B"] [--minutes M] [--page]`.  A finished cell
+(problem, noise, method) is kept in benchmarks/results/posterior.json and not run again; so the run may be cut off and
+continued.  ``--page`` only writes docs/posterior.md and its figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from scipy.spatial.distance import cdist
+
+from benchmarks.inverse import methods, page
+from benchmarks.inverse.problems import DRAWS, NOISES, Problem, problems
+from diffjax.metrics import sliced_wasserstein
+
+RESULTS = Path(__file__).parent / "results" / "posterior.json"
+PROJECTIONS = 500
+
+
+def nearest_accuracy(a: np.ndarray, b: np.ndarray) -> float:
+    """The leave-one-out accuracy of the nearest neighbour that tells two sets apart: 1/2 where they are one law."""
+    both = np.concatenate([a, b])
+    distance = cdist(both, both, "sqeuclidean")
+    np.fill_diagonal(distance, np.inf)
+    labels = np.repeat([0, 1], [len(a), len(b)])
+    return float(np.mean(labels[distance.argmin(1)] == labels))
+
+
+def coverage(samples: np.ndarray, exact: np.ndarray) -> float:
+    """The posterior's probability of the central 90 % interval of the samples, averaged over the entries."""
+    low, high = np.quantile(samples, [0.05, 0.95], axis=0)
+    return float(np.mean((exact >= low) & (exact <= high)))
+
+
+def scores(samples: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """Distances of one set of samples to the posterior."""
+    a, b = samples.reshape(len(samples), -1), exact.reshape(len(exact), -1)
+    a = np.where(np.isfinite(a), a, 0.0)  # what diverged counts as far away, by its place
+    return {
+        "sw": sliced_wasserstein(jax.random.key(0), a, b[:DRAWS], PROJECTIONS),
+        "c2st": nearest_accuracy(a, b[:DRAWS]),
+        "coverage": coverage(a, b),
+    }
+
+
+def floor(problem: Problem) -> dict[str, list[float]]:
+    """The scores of the exact posterior's own draws."""
+    return _lists([scores(exact[DRAWS:], exact) for exact in problem.exact])
+
+
+def cell(name: str, problem: Problem, seed: int = 0) -> dict:
+    """One method on all measurements of a problem."""
+    method = methods.METHODS[name]
+    run = methods.compiled(name, problem.exact.shape[2:], problem.variance, method.needs_exact)
+    keys = jax.random.split(jax.random.key(seed), len(problem.exact))
+    twists = problem.twists if method.needs_exact else None
+    begun = time.perf_counter()
+    # an exact twist is an argument; others leave it out, so that they compile the same for all priors
+    out = jax.block_until_ready(run(keys, problem.prior, problem.seen, twists))
+    seconds = time.perf_counter() - begun
+    samples = np.asarray(out.x)
+    result = {"nfe": float(np.max(out.nfe)) / (DRAWS if method.particles else 1), "seconds": round(seconds, 2)}
+    if method.particles:
+        rng = np.random.default_rng(seed)
+        logs = np.asarray(out.log_weights, np.float64)
+        weights = np.exp(logs - logs.max(1, keepdims=True))
+        weights /= weights.sum(1, keepdims=True)
+        drawn = [rng.choice(DRAWS, size=DRAWS, p=w) for w in weights]
+        samples = np.stack([x[d] for x, d in zip(samples, drawn, strict=True)])
+        result["ess"] = (1 / (weights**2).sum(1)).round(1).tolist()
+        result["resampled"] = np.asarray(out.resampled).sum(1).tolist()
+        if problem.evidence is not None:
+            result["log_z"] = (np.asarray(out.log_z, np.float64) - problem.evidence).round(4).tolist()
+    found = [scores(x, exact) for x, exact in zip(samples, problem.exact, strict=True)]
+    return result | _lists(found)
+
+
+def _lists(found: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [round(float(one[name]), 4) for one in found] for name in found[0]}
+
+
+def load() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def keep(results: dict) -> None:
+    """Written beside and moved, so that a kill leaves the old or the new file."""
+    beside = RESULTS.with_suffix(".tmp")
+    beside.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    beside.replace(RESULTS)
+
+
+def run(quick: bool, wanted: list[str], chosen: list[str], minutes: float) -> dict:
+    """All cells that are not on disk yet, problem by problem."""
+    results, end = load(), time.monotonic() + 60 * minutes
+    for problem_name, build in problems(quick).items():
+        if wanted and problem_name not in wanted:
+            continue
+        for noise in NOISES:
+            missing = [m for m in chosen or methods.METHODS if f"{problem_name}|{noise}|{m}" not in results]
+            problem = build(noise) if missing else None
+            for name in missing:
+                if time.monotonic() > end:
+                    return results
+                assert problem is not None
+                if f"{problem_name}|{noise}|floor" not in results:
+                    results[f"{problem_name}|{noise}|floor"] = floor(problem)
+                if methods.METHODS[name].needs_exact and problem.twists is None:
+                    continue
+                results[f"{problem_name}|{noise}|{name}"] = cell(name, problem)
+                keep(results)
+                print(problem_name, noise, name, results[f"{problem_name}|{noise}|{name}"], flush=True)
+    return results
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Run what is asked for and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--problems", default="")
+    parser.add_argument("--methods", default="")
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--page", action="store_true")
+    asked = parser.parse_args([] if arguments is None else arguments)
+    names = lambda text: [part for part in text.split(";") if part]
+    results = load() if asked.page else run(asked.quick, names(asked.problems), names(asked.methods), asked.minutes)
+    page.write(results)
+    return {"cells": len(results)}
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(main(sys.argv[1:]))
