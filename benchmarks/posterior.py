@@ -39,13 +39,14 @@ def coverage(samples: np.ndarray, exact: np.ndarray) -> float:
     return float(np.mean((exact >= low) & (exact <= high)))
 
 
-def scores(samples: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """Distances of one set of samples to the posterior."""
+def scores(samples: np.ndarray, exact: np.ndarray, distinct: np.ndarray | None = None) -> dict[str, float]:
+    """Distances of one set of samples to the posterior; ``distinct``, without copies, for the nearest neighbours."""
     a, b = samples.reshape(len(samples), -1), exact.reshape(len(exact), -1)
-    a = np.where(np.isfinite(a), a, 0.0)  # what diverged counts as far away, by its place
+    a = np.where(np.isfinite(a), a, 0.0)  # what diverged to no number counts as 0
+    c = a if distinct is None else distinct.reshape(len(distinct), -1)
     return {
         "sw": sliced_wasserstein(jax.random.key(0), a, b[:DRAWS], PROJECTIONS),
-        "c2st": nearest_accuracy(a, b[:DRAWS]),
+        "c2st": nearest_accuracy(c, b[: len(c)]),
         "coverage": coverage(a, b),
     }
 
@@ -65,20 +66,23 @@ def cell(name: str, problem: Problem, seed: int = 0) -> dict:
     # an exact twist is an argument; others leave it out, so that they compile the same for all priors
     out = jax.block_until_ready(run(keys, problem.prior, problem.seen, twists))
     seconds = time.perf_counter() - begun
-    samples = np.asarray(out.x)
+    samples, distinct = np.asarray(out.x), []
     result = {"nfe": float(np.max(out.nfe)) / (DRAWS if method.particles else 1), "seconds": round(seconds, 2)}
     if method.particles:
         rng = np.random.default_rng(seed)
         logs = np.asarray(out.log_weights, np.float64)
         weights = np.exp(logs - logs.max(1, keepdims=True))
         weights /= weights.sum(1, keepdims=True)
-        drawn = [rng.choice(DRAWS, size=DRAWS, p=w) for w in weights]
-        samples = np.stack([x[d] for x, d in zip(samples, drawn, strict=True)])
+        # copies would be each other's nearest neighbours: those are told apart on a thinned set, w / max w of each kept
+        distinct = [x[rng.uniform(size=DRAWS) < w / w.max()] for x, w in zip(samples, weights, strict=True)]
+        drawn = [np.searchsorted(np.cumsum(w), (np.arange(DRAWS) + rng.uniform()) / DRAWS * w.sum()) for w in weights]
+        samples = np.stack([x[np.minimum(d, DRAWS - 1)] for x, d in zip(samples, drawn, strict=True)])
         result["ess"] = (1 / (weights**2).sum(1)).round(1).tolist()
         result["resampled"] = np.asarray(out.resampled).sum(1).tolist()
         if problem.evidence is not None:
             result["log_z"] = (np.asarray(out.log_z, np.float64) - problem.evidence).round(4).tolist()
-    found = [scores(x, exact) for x, exact in zip(samples, problem.exact, strict=True)]
+    thinned = distinct if method.particles else [None] * len(samples)
+    found = [scores(*given) for given in zip(samples, problem.exact, thinned, strict=True)]
     return result | _lists(found)
 
 
@@ -87,13 +91,14 @@ def _lists(found: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def load() -> dict:
+    """What is on disk."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def keep(results: dict) -> None:
     """Written beside and moved, so that a kill leaves the old or the new file."""
     beside = RESULTS.with_suffix(".tmp")
-    beside.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    beside.write_text(json.dumps(load() | results, indent=1, sort_keys=True) + "\n")
     beside.replace(RESULTS)
 
 
@@ -115,7 +120,7 @@ def run(quick: bool, wanted: list[str], chosen: list[str], minutes: float) -> di
                 if methods.METHODS[name].needs_exact and problem.twists is None:
                     continue
                 results[f"{problem_name}|{noise}|{name}"] = cell(name, problem)
-                keep(results)
+                keep({key: results[key] for key in (f"{problem_name}|{noise}|floor", f"{problem_name}|{noise}|{name}")})
                 print(problem_name, noise, name, results[f"{problem_name}|{noise}|{name}"], flush=True)
     return results
 

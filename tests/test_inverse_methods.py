@@ -69,6 +69,22 @@ def test_gaussian_twists_are_exact_where_they_say(kind, x64):
         np.testing.assert_allclose(log_value, SEEN.log_likelihood(x), rtol=1e-12)
 
 
+def test_the_noised_measurement_is_exact_for_a_flat_prior(x64):
+    """log h up to terms in the inverse of the prior's variance, its gradient, and the ends."""
+    flat, twist, x = oracles.gaussian(np.zeros(3), 1e8), inverse.noised(SEEN), jnp.asarray(X)
+    exact = inverse.exact(flat, SEEN)
+    both = jax.jit(lambda level: (twist.gradient(flat, x, level), exact(flat, x, level)[0]))
+    for time in (0.05, 0.6):
+        (log_h, _, slope), expected = both(jax.tree.map(jnp.asarray, PROCESS.level(time)))
+        np.testing.assert_allclose(log_h, expected, rtol=1e-6)
+        level = PROCESS.level(time)
+        covariance = 0.16 * np.eye(2) + (level.sigma / level.alpha) ** 2 * A @ A.T
+        hand = A.T @ np.linalg.solve(covariance, SEEN.y - A @ X / level.alpha) / level.alpha
+        np.testing.assert_allclose(slope, hand, rtol=1e-9)
+    (log_h, _, _), _ = both(jax.tree.map(jnp.asarray, PROCESS.level(0.0)))
+    np.testing.assert_allclose(log_h, SEEN.log_likelihood(x), rtol=1e-12)
+
+
 def test_lanczos_log_determinant(x64):
     """Exact for a diagonal matrix whatever the probe; otherwise an average over signs."""
     diagonal = jnp.array([0.3, 1.0, 2.0, 5.0])

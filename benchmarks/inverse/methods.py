@@ -43,16 +43,18 @@ class Method(NamedTuple):
     needs_exact: bool = False
 
 
-def setting(variance: float, shape: tuple, exact: Any, key: Any) -> Setting:
+def setting(variance: float, shape: tuple, exact: Any, key: Any, steps: int = STEPS) -> Setting:
+    """What the rule for all makes of a problem."""
     scale = math.sqrt(variance)
     process = processes.edm(50 * scale)
-    return Setting(process, grids.log_snr(process, STEPS, stop=0.002 * scale), variance, shape, exact, key)
+    return Setting(process, grids.log_snr(process, steps, stop=0.002 * scale), variance, shape, exact, key)
 
 
 ANCESTRAL = solvers.ddim(eta=1.0)
 
 
 def run(key: Any, denoise: Any, s: Setting, solver: Any = ANCESTRAL, grid: Any = None) -> Any:
+    """One sample."""
     return sample(key, denoise, solver, s.grid if grid is None else grid, shape=s.shape)
 
 
@@ -81,25 +83,30 @@ def top(seen: Any) -> Any:
 
 
 def gradient_step(s: Setting) -> float:
+    """The published displacement a step, in units of the data's norm, for as many steps as are taken here."""
     return 10 * math.sqrt(s.variance * math.prod(s.shape)) / 222
 
 
 def red_diff(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+    """From the pseudo-inverse of y."""
     optimiser = inverse.adam(0.1 * math.sqrt(s.variance))
     x = inverse.pseudo_inverse(seen.operator, jnp.asarray(seen.y, jnp.float32))
     return inverse.red_diff(key, prior, seen, s.grid, x, strength=1 / s.variance, optimiser=optimiser)
 
 
 def pnp_dm(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+    """With rho falling from a wide to a narrow coupling."""
     stds = math.sqrt(s.variance) * np.geomspace(3.0, 0.05, 40)
     return inverse.pnp_dm(key, prior, seen, s.process, s.shape, stds=stds, steps=10)
 
 
 def daps(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+    """At every other level of the common grid."""
     return inverse.daps(key, prior, seen, s.grid[::2], s.shape, steps=5)
 
 
 def repaint(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+    """Replacement on a grid that travels in time."""
     return run(key, inverse.replacement(prior, seen, key), s, grid=grids.time_travel(s.grid, 10, 5))
 
 
@@ -110,6 +117,7 @@ TWISTS = {
     "pigdm, data's v": lambda seen, s: inverse.pigdm(seen, s.variance),
     "tmpd": lambda seen, s: inverse.tmpd(seen, solver="dense"),
     "mmps": lambda seen, s: inverse.mmps(seen, solver="dense"),
+    "noised": lambda seen, s: inverse.noised(seen),
     "lgd": lambda seen, s: inverse.lgd(seen, s.variance, s.key, samples=16),
 }
 RULES = {
@@ -119,6 +127,7 @@ RULES = {
     "pigdm, data's v": "v",
     "tmpd": "none",
     "mmps": "none; dense systems",
+    "noised": "none",
     "lgd": "v, 16 draws",
 }
 METHODS = {name: Method(RULES[name], twisted(twist), needs_exact=name == "exact") for name, twist in TWISTS.items()} | {
@@ -146,9 +155,9 @@ METHODS = {name: Method(RULES[name], twisted(twist), needs_exact=name == "exact"
     "daps": Method("50 levels, 5 ODE steps", daps),
     "pnp_dm": Method("40 rounds, rho from 3 to 0.05 sqrt(v), 10 steps", pnp_dm),
 }
-for _name in ("exact", "likelihood", "pigdm, v = 1", "pigdm, data's v", "tmpd", "mmps"):
+for _name in ("exact", "likelihood", "pigdm, v = 1", "pigdm, data's v", "tmpd", "mmps", "noised"):
     METHODS[f"tds, {_name}"] = Method(
-        f"{DRAWS} particles", particles(TWISTS[_name]), particles=True, needs_exact=_name == "exact"
+        f"{DRAWS} particles, 200 steps", particles(TWISTS[_name]), particles=True, needs_exact=_name == "exact"
     )
 
 
@@ -158,7 +167,7 @@ def compiled(name: str, shape: tuple, variance: float, exact: bool) -> Callable:
     method = METHODS[name]
 
     def population(key: Any, prior: Any, seen: Any, twist: Any) -> Any:
-        s = setting(variance, shape, twist if exact else None, key)
+        s = setting(variance, shape, twist if exact else None, key, 2 * STEPS if method.particles else STEPS)
         if method.particles:
             return method.one(key, prior, seen, s)
         return jax.vmap(lambda k: method.one(k, prior, seen, s))(jax.random.split(key, DRAWS))

@@ -32,6 +32,7 @@ class Problem(NamedTuple):
 
 
 def stacked(values: list) -> Any:
+    """Values of one structure along a leading axis."""
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *values)
 
 
@@ -76,6 +77,7 @@ def log_evidence(prior: Any, seen: Any) -> float:
 
 
 def mixture_problem(size: int, rows: int, noise: str, count: int) -> Problem:
+    """MCGdiff's: ``rows`` random projections of the mixture in ``size`` dimensions."""
     prior = grid_mixture(size)
     rng = np.random.default_rng([size, rows, len(noise)])
     measurements, draws = [], []
@@ -120,6 +122,7 @@ def oracle_problem(prior: Any, operators: list, noise: str, key: jax.Array) -> P
 
 
 def gaussian_problem(noise: str, count: int) -> Problem:
+    """Four projections of a Gaussian in eight dimensions with a full covariance."""
     rng = np.random.default_rng(8)
     root = rng.normal(size=(8, 8))
     prior = oracles.gaussian(rng.normal(size=8), root @ root.T / 8)
@@ -142,6 +145,7 @@ def digits_prior() -> Any:
 
 
 def image_problem(name: str, noise: str, count: int) -> Problem:
+    """One operator of imaging on draws of `digits_prior`."""
     operators = {
         "inpainting": lambda: inverse.mask(np.random.default_rng(0).uniform(size=(8, 8)) < 0.5),
         "deblurring": lambda: inverse.blur(inverse.gaussian_kernel(5, 1.0), (8, 8)),

@@ -23,5 +23,5 @@ from diffjax.inverse.operators import (
 )
 from diffjax.inverse.splitting import daps, pnp_dm
 from diffjax.inverse.steps import ddnm, ddrm, dps, flowchef, lanpaint, mcg
-from diffjax.inverse.twists import lgd, likelihood, mmps, pigdm, tmpd
+from diffjax.inverse.twists import lgd, likelihood, mmps, noised, pigdm, tmpd
 from diffjax.inverse.variational import red_diff

@@ -1,6 +1,6 @@
 """Twists of a measurement: approximations of p(y | x_t) from the denoiser, for guidance and for particles.
 
-All but the first two are Gaussian, with the posterior of x_0 given x_t taken as N(x0, C):
+All but `likelihood` and `lgd` are Gaussian, with the posterior of x_0 given x_t taken as N(x0, C):
 
     log h = log N(y; A x0, S + A C A^T)       grad log h = J^T A^T (S + A C A^T)^-1 (y - A x0),   J = d x0 / d x_t
 
@@ -13,6 +13,7 @@ J^T sigma^2 / alpha is the true covariance of x_0 given x_t where the denoiser i
 | `pigdm` | r^2 I, r^2 = sigma^2 v / (sigma^2 + alpha^2 v), v the variance of the data |
 | `tmpd` | diagonal: row sums of sigma^2 / alpha J |
 | `mmps` | sigma^2 / alpha J |
+| `noised` | (sigma / alpha)^2 I, around x_t / alpha in place of x0 (FPS, MCGdiff) |
 
 At sigma = 0 all are log p(y | x_0) exactly.  At alpha = 0 the state tells nothing, and log h = 0.
 """
@@ -27,7 +28,7 @@ import numpy as np
 
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import cospectral, log_determinant
-from diffjax.inverse.systems import Solve, ends, level_key, needs_linear, normal_like
+from diffjax.inverse.systems import Solve, ends, level_key, needs_linear, needs_spectrum, normal_like
 from diffjax.levels import Array, Level, Tree, dot, is_traced, static, value
 from diffjax.solvers.arguments import choice
 
@@ -100,6 +101,57 @@ class LossGuided:
 
         logs = jax.vmap(one)(jax.random.split(level_key(self.key, level), self.samples))
         return jax.nn.logsumexp(logs) - jnp.log(self.samples), x0
+
+
+def noised(measurement: Measurement) -> Noised:
+    """``log h = log N(y; A x_t / alpha, S + (sigma / alpha)^2 A A^T)``: the measurement of the noisy state itself.
+
+    What p(y | x_t) would be for data of infinite variance.  In sequential Monte Carlo it is the potential of filtering
+    methods, which follow a measurement that is noised along with the state: they need no derivative of the network and
+    pay with more resampling.  With a vanishing step the tilted proposal is the conjugate kernel that they use.  Through
+    the operator's spectrum.  One denoiser call, for the plain estimate.
+
+    Monte Carlo guided Diffusion for Bayesian linear inverse problems, arXiv:2308.07983, section 2.  Diffusion Posterior
+    Sampling for Linear Inverse Problem Solving: A Filtering Perspective (Dou and Song, ICLR 2024), section 3.
+
+    Raises ValueError for an operator without a spectrum or noise that is not isotropic.
+    """
+    needs_spectrum("noised", measurement)
+    return Noised(measurement)
+
+
+@value
+class Noised:
+    measurement: Any
+    factory = "noised"
+
+    def __call__(self, denoise: Any, x: Tree, level: Level) -> tuple[Array, Tree]:
+        return self.log_value(x, level), denoise(x, level)
+
+    def gradient(self, denoise: Any, x: Tree, level: Level) -> tuple[Array, Tree, Tree]:
+        """``(log_h, x0, grad log h)``, without a derivative of the denoiser."""
+        log_h, slope = jax.value_and_grad(lambda x: self.log_value(x, level))(x)
+        return log_h, denoise(x, level), slope
+
+    def check(self, t: Level) -> None:
+        if np.ndim(t.alpha) > 1:
+            raise ValueError(f"noised needs one noise level for the whole state, got {np.shape(t.alpha)[1:]}.")
+
+    def log_value(self, x: Tree, level: Level) -> Array:
+        """log h at a state."""
+        seen = self.measurement
+        clean, blank = ends(level)
+        raw = jax.tree.map(lambda leaf: leaf / jnp.where(blank, 1.0, level.alpha), x)
+        residual = seen.residual(raw)
+        noise = jax.tree.leaves(seen.variance(x))[0].reshape(-1)[0]
+        ratio2 = (level.sigma / jnp.where(blank, 1.0, level.alpha)) ** 2
+        total = lambda q: jnp.where(jnp.logical_or(clean, blank), 1.0, noise + ratio2 * q)
+        inverse = lambda q: jnp.where(total(q) > 0, 1 / jnp.where(total(q) > 0, total(q), 1.0), 0.0)
+        solved = cospectral(seen.operator, inverse, residual)
+        count = sum(leaf.size for leaf in jax.tree.leaves(residual))
+        log_det = log_determinant(seen.operator, total)
+        gaussian = -0.5 * (dot(residual, solved) + log_det + count * jnp.log(2 * jnp.pi))
+        return jnp.where(clean, seen.log_likelihood(raw), jnp.where(blank, 0.0, gaussian))
 
 
 # --- Gaussian twists ----------------------------------------------------------------------------------------------
