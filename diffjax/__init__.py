@@ -7,6 +7,7 @@ See docs/design.md for the vocabulary and README.md for the first steps.
 
 from diffjax import coordinates as coordinates
 from diffjax import corrections as corrections
+from diffjax import deploy as deploy
 from diffjax import devices as devices
 from diffjax import diagnostics as diagnostics
 from diffjax import grids as grids

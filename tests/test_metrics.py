@@ -207,3 +207,69 @@ def test_kid_in_float32_with_a_large_offset():
     np.testing.assert_allclose(metrics.kid(a, b), exact, rtol=1e-7)
     found = jax.jit(metrics.kid)(a.astype(np.float32), b.astype(np.float32))
     np.testing.assert_allclose(found, exact, rtol=1e-4)
+
+
+def test_a_summary_is_that_of_the_whole_set_however_it_is_divided():
+    """Means and covariances by updates, kept samples by tickets: nothing depends on the batches."""
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(203, 5)) @ rng.normal(size=(5, 5)) + 1e4  # far from 0: sums of squares would lose digits
+    whole = metrics.summary(lambda x: x, [rows], room=50)
+    np.testing.assert_allclose(whole.covariance, np.cov(rows, rowvar=False), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(whole.mean, rows.mean(0), rtol=1e-14)
+    for size in (1, 7, 64):
+        parts = (rows[i : i + size].reshape(-1, 5, 1) for i in range(0, len(rows), size))
+        found = metrics.summary(lambda x: x, parts, room=50)
+        np.testing.assert_array_equal(found.kept, whole.kept)
+        np.testing.assert_allclose(found.scatter, whole.scatter, rtol=1e-9, atol=1e-7)
+    hosts = [
+        metrics.summary(lambda x: x, [rows[part]], room=50, first=part.start) for part in (slice(0, 90), slice(90, 203))
+    ]
+    both = metrics.merged(hosts[1], hosts[0])
+    np.testing.assert_array_equal(both.kept, whole.kept)
+    np.testing.assert_allclose(both.covariance, whole.covariance, rtol=1e-9, atol=1e-9)
+    other = metrics.summary(lambda x: x, [rows], room=50, seed=1)
+    assert len(np.unique(whole.kept, axis=0)) == 50 and not np.array_equal(other.kept, whole.kept)
+
+
+def test_kept_samples_are_a_uniform_sample():
+    """Each of 10 samples is kept in 3 of 10 cases: the counts over 2000 seeds within four standard deviations."""
+    numbers, counts = np.arange(10.0)[:, None], np.zeros(10)
+    for seed in range(2000):
+        kept = metrics.summary(lambda x: x, [numbers[:4], numbers[4:]], room=3, seed=seed).kept
+        counts[kept.ravel().astype(int)] += 1
+    assert np.all(np.abs(counts - 600) < 4 * np.sqrt(2000 * 0.3 * 0.7))
+
+
+def test_summaries_compare_as_whole_sets_do(tmp_path):
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(60, 4)), rng.normal(size=(70, 4)) + 0.3
+    feature = lambda x: jnp.tanh(x)  # the user's own, on the device
+    halves = [metrics.summary(feature, np.array_split(x, 3), room=100) for x in (a, b)]
+    found = metrics.compare(*halves)
+    x, y = (np.asarray(feature(rows), np.float64) for rows in (a, b))
+    assert found.frechet_distance == pytest.approx(metrics.frechet_distance(x, y), rel=1e-8)
+    # sums over pairs do not depend on their order, but for rounding
+    assert found.kid == pytest.approx(metrics.kid(x, y), rel=1e-8)
+    assert (found.precision, found.recall) == metrics.precision_recall(x, y)
+    assert (found.samples, found.reference) == (60, 70)
+    halves[1].save(tmp_path / "reference.npz")
+    loaded = metrics.Summary.load(tmp_path / "reference.npz")
+    assert metrics.compare(halves[0], loaded) == found
+
+
+def test_summaries_that_cannot_be_are_refused(tmp_path):
+    same = lambda x: x
+    with pytest.raises(ValueError, match="at least one sample, got none"):
+        metrics.summary(same, [])
+    with pytest.raises(ValueError, match="among samples 2 to 3"):
+        metrics.summary(same, [np.zeros((2, 1)), np.array([[0.0], [np.nan]])])
+    with pytest.raises(ValueError, match="features of one length"):
+        metrics.summary(same, [np.zeros((2, 1)), np.zeros((2, 2))])
+    with pytest.raises(ValueError, match="room must be at least 1"):
+        metrics.summary(same, [np.zeros((2, 1))], room=0)
+    one = metrics.summary(same, [np.zeros((1, 2))])
+    with pytest.raises(ValueError, match="samples must have at least 2 samples, got 1"):
+        metrics.compare(one, one)
+    np.savez(tmp_path / "other.npz", a=np.zeros(2))
+    with pytest.raises(ValueError, match="must hold"):
+        metrics.Summary.load(tmp_path / "other.npz")

@@ -12,17 +12,23 @@ from diffjax.metrics.classifier import accuracy
 from diffjax.metrics.frechet import frechet_distance, gaussian_frechet_distance
 from diffjax.metrics.kernel import kid, median_bandwidth, mmd
 from diffjax.metrics.neighbours import PrecisionRecall, nearest_distance, precision_recall
+from diffjax.metrics.summary import Comparison, Summary, compare, merged, summary
 from diffjax.metrics.transport import sliced_wasserstein
 
 __all__ = [
+    "Comparison",
     "PrecisionRecall",
+    "Summary",
     "accuracy",
+    "compare",
     "frechet_distance",
     "gaussian_frechet_distance",
     "kid",
     "median_bandwidth",
+    "merged",
     "mmd",
     "nearest_distance",
     "precision_recall",
     "sliced_wasserstein",
+    "summary",
 ]
