@@ -14,7 +14,17 @@ from diffjax.smc.resampling import systematic as systematic
 from diffjax.smc.resampling import transported as transported
 from diffjax.smc.steering import Steered as Steered
 from diffjax.smc.steering import steer as steer
+from diffjax.smc.targets import Target as Target
+from diffjax.smc.targets import annealed as annealed
+from diffjax.smc.targets import energy_controlled as energy_controlled
+from diffjax.smc.targets import guided as guided
+from diffjax.smc.targets import posterior as posterior
+from diffjax.smc.targets import product as product
+from diffjax.smc.targets import target as target
+from diffjax.smc.targets import tilted as tilted
+from diffjax.smc.targets import variance_controlled as variance_controlled
 from diffjax.smc.twists import difference as difference
 from diffjax.smc.twists import maximum as maximum
 from diffjax.smc.twists import reward as reward
 from diffjax.smc.twists import total as total
+from diffjax.smc.weighted import weighted_sde as weighted_sde
