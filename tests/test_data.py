@@ -208,6 +208,137 @@ def test_a_set_that_cannot_be_prepared_says_what_to_do(folder, monkeypatch):
         data.load("mnist", folder=folder)
 
 
+def test_synthetic_images_are_never_silent(folder, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def offline(self, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", offline)
+    with pytest.warns(UserWarning, match=r"'mnist' is not prepared.*SYNTHETIC images.*mean nothing"):
+        images = data.load("mnist", folder=folder, synthetic=40)
+    assert "synthetic" in images.name and "synthetic" in repr(images) and len(images) == 40
+    batch = next(data.batches(images, 8, threads=0))
+    assert batch.x0.shape == (8, 28, 28, 1) and np.all((batch.condition >= 0) & (batch.condition < 10))
+    assert images[13][1] == 3 and images[13][0].std() > 10
+    # what is there is never replaced
+    assert data.load("digits", folder=folder, synthetic=40).name == "digits"
+
+
+# --- augmentation ---------------------------------------------------------------------------------------------------
+
+
+def test_augmentations_move_pixels_and_nothing_else():
+    image = np.arange(24, dtype=np.uint8).reshape(4, 6, 1) + 1
+    draw = lambda step, seed: step(np.random.default_rng(seed), image)
+    flips = [draw(data.augment.flip(0.3), seed) for seed in range(400)]
+    mirrored = np.mean([np.array_equal(one, image[:, ::-1]) for one in flips])
+    assert all(np.array_equal(one, image) or np.array_equal(one, image[:, ::-1]) for one in flips)
+    assert abs(mirrored - 0.3) < 4 * (0.21 / 400) ** 0.5
+    np.testing.assert_array_equal(draw(data.augment.flip(1.0, axis=0), 0), image[::-1])
+    seen = set()
+    for seed in range(200):
+        moved = draw(data.augment.shift(1), seed)
+        assert moved.shape == image.shape and moved.dtype == np.uint8
+        matches = [
+            (down, right)
+            for down in range(3)
+            for right in range(3)
+            if np.array_equal(moved, np.pad(image, ((1, 1), (1, 1), (0, 0)))[down : down + 4, right : right + 6])
+        ]
+        assert len(matches) == 1
+        seen.update(matches)
+    assert len(seen) == 9
+    edge = draw(data.augment.shift(2, "edge"), 3)
+    assert edge.min() >= 1
+    windows = {draw(data.augment.crop(2, 3), seed)[0, 0, 0] for seed in range(200)}
+    assert windows == set(image[:3, :4].ravel().tolist())
+    np.testing.assert_array_equal(draw(data.augment.crop(2, 4, random=False), 0), image[1:3, 1:5])
+    np.testing.assert_array_equal(draw(data.augment.resize(2, 3), 0)[0, 0], np.rint(image[:2, :2].mean((0, 1))))
+    np.testing.assert_array_equal(draw(data.augment.resize(3, 4), 0)[:, 0, 0], image[[0, 2, 3], 0, 0])
+    noisy = draw(data.augment.chain(data.augment.flip(1.0), data.augment.dequantize()), 0)
+    assert noisy.dtype == np.float32 and np.all(np.abs(noisy - image[:, ::-1]) <= 0.5) and noisy.std() > 0
+    for build in (
+        lambda: data.augment.flip(1.1),
+        lambda: data.augment.shift(-1),
+        lambda: data.augment.shift(1, "wrap"),
+        lambda: data.augment.crop(0, 1),
+        lambda: data.augment.resize(1, 0),
+        lambda: draw(data.augment.crop(5, 5), 0),
+    ):
+        with pytest.raises(ValueError, match=r"must be|no window"):
+            build()
+
+
+# --- latents ----------------------------------------------------------------------------------------------------------
+
+
+def halved(x0):
+    """An autoencoder's first half that has a closed form: averages of 2 x 2 blocks."""
+    x0 = np.asarray(x0)
+    return x0.reshape(len(x0), 4, 2, 4, 2, 1).mean((2, 4))
+
+
+def test_latents_are_made_once_and_batched_like_images(train, tmp_path):
+    calls = []
+
+    def encode(x0):
+        calls.append(len(x0))
+        return halved(x0)
+
+    made = lambda: data.encoded(train, encode, tmp_path / "cache", version={"w": np.ones(3)}, size=400, progress=False)
+    latents = made()
+    assert calls == [400] * 4 and latents.shape == (4, 4, 1) and len(latents) == 1500 and latents.classes == 10
+    again = made()
+    assert len(calls) == 4  # from the disk
+    whole, exact = again.arrays(), halved(train.arrays().x0)
+    np.testing.assert_allclose(again.unscale(whole.x0), exact, atol=1e-5)
+    np.testing.assert_allclose([whole.x0.mean(), whole.x0.std()], [0, 1], atol=1e-4)
+    np.testing.assert_array_equal(whole.condition, train.arrays().condition)
+    options = {"seed": 3, "threads": 0}
+    batch, images = (next(data.batches(source, 32, **options)) for source in (again, train))
+    np.testing.assert_array_equal(batch.condition, images.condition)  # the same order
+    np.testing.assert_allclose(again.unscale(batch.x0), halved(images.x0), atol=1e-5)
+
+
+def test_latents_of_another_encoder_are_refused_and_a_killed_run_goes_on(train, tmp_path):
+    folder, calls = tmp_path / "cache", []
+
+    def killed(x0):
+        calls.append(len(x0))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return halved(x0)
+
+    with pytest.raises(KeyboardInterrupt):
+        data.encoded(train, killed, folder, version="a", size=500, progress=False)
+    with pytest.raises(ValueError, match=r"version is 'a', expected 'b'.*another folder"):
+        data.encoded(train, halved, folder, version="b", size=500, progress=False)
+    latents = data.encoded(train, killed, folder, version="a", size=500, progress=False)
+    assert calls == [500] * 4  # the third batch alone again
+    np.testing.assert_allclose(latents.unscale(latents.arrays().x0), halved(train.arrays().x0), atol=1e-5)
+    (folder / "cache.json").write_text("half a rec")
+    with pytest.raises(ValueError, match="delete the folder"):
+        data.encoded(train, halved, folder, version="a", progress=False)
+    with pytest.raises(ValueError, match="not finite"):
+        data.encoded(train, lambda x0: np.nan * x0, tmp_path / "other", progress=False)
+    with pytest.raises(ValueError, match="leading axis of 256"):
+        data.encoded(train, lambda x0: x0[:3], tmp_path / "third", progress=False)
+
+
+def test_latents_with_a_law_are_drawn_anew(train, tmp_path):
+    """Mean and standard deviation are kept; draws have that law, whose variance the scale takes into account."""
+    encode = lambda x0: (halved(x0), np.full((len(x0), 4, 4, 1), 0.5))
+    latents = data.encoded(train, encode, tmp_path, progress=False)
+    assert latents.drawn and latents.shape == (4, 4, 1)
+    plain = data.batches(latents, 1500, shuffle=False, augment=latents.draw, threads=0)
+    first, second = next(plain).x0, next(plain).x0
+    noise = (latents.unscale(first) - halved(train.arrays().x0)) / 0.5
+    assert abs(noise.mean()) < 4 / noise.size**0.5 and abs(noise.var() - 1) < 4 * (2 / noise.size) ** 0.5
+    assert not np.array_equal(first, second)
+    np.testing.assert_allclose([first.mean(), first.std()], [0, 1], atol=0.02)
+
+
 TOYS = {
     "moons": (toy.moons, 2),
     "checkerboard": (toy.checkerboard, 2),

@@ -9,15 +9,14 @@ a global batch nor the order in it depends on the number of hosts, and an augmen
 The iterator's state is the number of the next batch: a small JSON object, exact at any batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
-from diffjax.data.sets import Batch, Images, stack
-
-Augment = Callable[[np.random.Generator, np.ndarray], np.ndarray]
+from diffjax.data.augment import Augment
+from diffjax.data.sets import Batch, Source, stack
 
 
 @runtime_checkable
@@ -31,7 +30,7 @@ class Checkpointable(Protocol):
 
 
 def batches(
-    images: Images,
+    images: Source,
     size: int,
     *,
     seed: int = 0,
@@ -46,14 +45,15 @@ def batches(
     """An iterator over this host's part of every batch, with `get_state()` and `set_state(state)`.
 
     Args:
-        images: a split, from `load`.
+        images: a split, from `load`, or latents of one, from `encoded`.
         size: images in a *global* batch, over all hosts.
         seed: of the shuffling and the augmentation.
         shuffle: a new order every epoch; False keeps the stored one.
         repeat: endless, every batch full. False gives one epoch, whose last batch may be smaller.
         shard_index, shard_count: this host's number and the number of hosts
             (`jax.process_index()`, `jax.process_count()`).
-        augment: `augment(generator, image) -> image` on one image as stored (integers, (H, W, C)).
+        augment: `augment(generator, image) -> image` on one image as stored (integers, (H, W, C)); `data.augment` has
+            some.
         threads: reading threads; 0 reads in the caller's.
         prefetch: batches read ahead.
 

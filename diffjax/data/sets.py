@@ -7,8 +7,9 @@ prepared where that is possible (network, and TensorFlow for encoded images).
 
 import difflib
 import os
+import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -22,6 +23,20 @@ class Batch(NamedTuple):
 
     x0: Float[np.ndarray, "batch *shape"]
     condition: Int[np.ndarray, " batch"] | None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What `batches` reads: examples by number, and how their pixels become numbers that a network takes."""
+
+    name: str
+    split: str
+    shape: tuple[int, ...] | None
+    classes: int | None
+
+    def __len__(self) -> int: ...
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int | None]]: ...
+    def scale(self, image: np.ndarray) -> np.ndarray: ...
 
 
 class Images:
@@ -82,7 +97,7 @@ class Images:
         return stack(self, self.__getitems__(range(len(self))))
 
 
-def stack(images: Images, examples: Sequence[tuple[np.ndarray, int | None]]) -> Batch:
+def stack(images: Source, examples: Sequence[tuple[np.ndarray, int | None]]) -> Batch:
     """Examples as one scaled batch; ValueError if their shapes differ."""
     shapes = {np.shape(image) for image, _ in examples}
     if len(shapes) > 1:
@@ -97,13 +112,18 @@ def stack(images: Images, examples: Sequence[tuple[np.ndarray, int | None]]) -> 
     return Batch(images.scale(pixels), condition)
 
 
-def load(name: str, split: str = "train", *, folder: str | os.PathLike | None = None) -> Images:
+def load(
+    name: str, split: str = "train", *, folder: str | os.PathLike | None = None, synthetic: int | None = None
+) -> Images:
     """A split of a data set, prepared if need be.
 
     Args:
         name: "digits", or any TFDS data set with an `image` feature ("mnist", "cifar10:3.0.2", ...).
         split: a split in TFDS's notation: "train", "test", "train[:90%]", ...
         folder: where prepared data lies; default `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+        synthetic: so many made-up images of the data set's shape and classes where it is not here and cannot be
+            prepared, for trying a program out. That is never silent: it warns, and the split's name says so. None
+            does not.
 
     Raises:
         ValueError: the name or split is unknown, or the data set has no images.
@@ -126,7 +146,13 @@ def load(name: str, split: str = "train", *, folder: str | os.PathLike | None = 
             + (f"; close are {close}" if close else "")
         ) from None
     if not builder.is_prepared():
-        _prepare(builder, name)
+        try:
+            _prepare(builder, name)
+        except RuntimeError as error:
+            if synthetic is None:
+                raise
+            warnings.warn(f"{error}. SYNTHETIC images take its place: results mean nothing", stacklevel=2)
+            return made_up(name, split, builder.info.features, synthetic)
     if split.split("[")[0] not in builder.info.splits and split != "all":
         raise ValueError(f"data set {name!r} has no split {split!r}; it has {sorted(builder.info.splits)}")
     if "image" not in (builder.info.features or {}):
@@ -139,6 +165,38 @@ def load(name: str, split: str = "train", *, folder: str | os.PathLike | None = 
             "be in array_record files, `tfds build NAME --file_format=array_record` writes them"
         ) from error
     return Images(name, split, records, builder.info, MAXIMUM if name == "digits" else 255)
+
+
+class _Noise:
+    """Records that are drawn anew from their number: a class is a pattern of its own, with noise on it."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int | None, count: int):
+        self.shape, self.classes, self.count = shape, classes, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self._one(i) for i in indices]
+
+    def _one(self, index: int) -> dict[str, Any]:
+        label = index % (self.classes or 1)
+        pattern = np.random.default_rng((1, label)).uniform(64, 192, self.shape)
+        noise = np.random.default_rng((2, index)).normal(0, 24, self.shape)
+        return {"image": np.clip(pattern + noise, 0, 255).astype(np.uint8), "label": label}
+
+
+class _Info(NamedTuple):
+    features: Any
+
+
+def made_up(name: str, split: str, features: Any, count: int) -> Images:
+    """`count` synthetic images with the features of a data set; its name says that they are."""
+    shape = features["image"].shape
+    if None in shape or count < 1:
+        raise ValueError(f"synthetic images of {name!r} need a fixed shape and a positive number, got {shape}, {count}")
+    classes = features["label"].num_classes if _has_classes(features) else None
+    return Images(f"synthetic {name}", split, _Noise(tuple(shape), classes, count), _Info(features))
 
 
 def _prepare(builder: Any, name: str) -> None:
