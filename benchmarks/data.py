@@ -1,8 +1,8 @@
 """Whether the input pipeline keeps ahead of the digits' training, on the cores that there are.
 
-Batches of 128 digits, shuffled, augmented, scaled: how many a second the pipeline makes alone (also of latents, and with
-nothing kept in memory, every image read from its array_record file), how many the training takes, and what a training
-step costs with fresh batches beside one that is given the same batch again and again.  The two take turns.
+Batches of 128 digits, shuffled, augmented, scaled: how many a second the pipeline makes alone (also of latents, and
+with nothing kept in memory, every image read from its array_record file), how many the training takes, and what a
+training step costs with fresh batches beside one that is given the same batch again and again.  They take turns.
 
 `python -m benchmarks.data`
 """

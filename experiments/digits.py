@@ -35,7 +35,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import diffjax
 from diffjax import data, metrics, networks, training
 from diffjax.levels import Array, Grid, Sample, Solver
-from experiments import _classifier, _plots, _run, _solvers
+from experiments import _classifier, _plots, _run, _solvers, _switches
 
 CLASSES, IMAGE = 10, (8, 8, 1)
 PROCESS = diffjax.processes.flow()
@@ -64,6 +64,18 @@ class Options:
     """Probability of hiding the class in training, for classifier-free guidance."""
     ema: float = 0.995
     """Decay of the moving average of the parameters, which is what is sampled."""
+    ema_width: float | None = None
+    """Width of a power-function average, in units of the run (0.05 to 0.1, say), instead of one with that decay."""
+    law: _switches.Law = "logit-normal"
+    """Which noise levels are trained on: most in the middle of the path, where the digit takes its shape."""
+    weighting: _switches.Weighting = "target"
+    """Weight of the squared error of a level."""
+    coupling: _switches.Coupling = "independent"
+    """Which noise goes with which image of a batch."""
+    states: _switches.States = "noised"
+    """Which states the network sees in training."""
+    self_conditioning: float = 0.0
+    """Probability that the network is told its own estimate; above 0 it is built with a channel for it."""
     save_every: int = 500
     """Training steps between checkpoints."""
     solver: str = "dpmpp"
@@ -103,7 +115,7 @@ class Options:
 class Model(NamedTuple):
     """What is trained: a pure function and its averaged parameters."""
 
-    apply: networks.Apply
+    apply: Any  # of an image, or of an image and an estimate of it
     params: Any
 
 
@@ -170,8 +182,10 @@ def matching(real: Labelled, labels: np.ndarray) -> list[Labelled]:
 def train(options: Options, images: data.Images, resume: bool = False, report: Any = None) -> Model:
     """Train, or go on training, on all devices; returns the averaged parameters.  ``report`` as for `training.fit`."""
     key = jax.random.key(options.seed)
+    own = options.self_conditioning > 0
     network = networks.UNet(
-        IMAGE,
+        (*IMAGE[:2], 2 * IMAGE[2]) if own else IMAGE,
+        output=IMAGE[2] if own else None,
         channels=options.channels,
         blocks=options.blocks,
         condition=networks.label(CLASSES),
@@ -180,15 +194,18 @@ def train(options: Options, images: data.Images, resume: bool = False, report: A
     )
     apply, params = networks.functional(network)
     prediction = diffjax.predictions.flow(PROCESS)
-    # most of the training in the middle of the path, where the digit takes its shape
-    loss = training.denoising(prediction, apply, law=training.logit_normal(), dropout=options.dropout, null=CLASSES)
+    names = ("law", "weighting", "coupling", "states", "self_conditioning")
+    switches = _switches.switches(*(getattr(options, name) for name in names))
+    seen = training.stacked(apply) if own else apply
+    loss = training.denoising(prediction, seen, dropout=options.dropout, null=CLASSES, **switches)
     optimiser = training.adam(options.learning_rate, warmup=min(100, options.steps - 1), steps=options.steps)
     mesh = diffjax.devices.mesh(options.mesh)
-    average = training.ema.warmed(options.ema)
+    width = options.ema_width
+    average = training.ema.warmed(options.ema) if width is None else training.ema.power(width)
     step = training.train_step(loss, optimiser, average, mesh=mesh, accumulate=options.accumulate)
     part, parts = diffjax.devices.host_part(mesh)
     state = training.fit(
-        training.init(key, params, optimiser, mesh=mesh),
+        training.init(key, params, optimiser, loss=loss, mesh=mesh),
         step,
         data.batches(images, options.batch, seed=options.seed, shard_index=part, shard_count=parts),
         steps=options.steps,
@@ -197,10 +214,10 @@ def train(options: Options, images: data.Images, resume: bool = False, report: A
         report=report,
         save_every=options.save_every,
         config=json.loads(json.dumps(dataclasses.asdict(options), default=str)),
-        fixed=("batch", "learning_rate", "dropout", "ema", "seed"),
+        fixed=("batch", "learning_rate", "dropout", "ema", "ema_width", "seed", *names),
         architecture=networks.architecture(apply),
     )
-    return Model(apply, diffjax.devices.gathered(state.ema))
+    return Model(seen, diffjax.devices.gathered(state.ema))
 
 
 def load(folder: Path) -> Model:
@@ -210,12 +227,17 @@ def load(folder: Path) -> Model:
     """
     record = training.checkpoint.describe(folder)
     apply, like = networks.functional(networks.build(record["architecture"], nnx.Rngs(0)))
-    return Model(apply, jax.device_get(training.checkpoint.weights(folder, like)))
+    own = tuple(record["architecture"]["shape"]) != IMAGE
+    return Model(training.stacked(apply) if own else apply, jax.device_get(training.checkpoint.weights(folder, like)))
 
 
 def denoiser(model: Model, label: Array, scale: float = 1.0) -> Any:
     """The model's denoiser of one class; scale 1 is the conditional model itself."""
-    denoise = diffjax.predictions.flow(PROCESS).decode(model.apply, model.params, condition=label)
+    prediction = diffjax.predictions.flow(PROCESS)
+    if isinstance(model.apply, training.Stacked):
+        guidance = {} if scale == 1.0 else {"null": CLASSES, "scale": scale}
+        return training.self_conditioned(prediction, model.apply, model.params, label, **guidance)
+    denoise = prediction.decode(model.apply, model.params, condition=label)
     return denoise if scale == 1.0 else diffjax.guidance.classifier_free(denoise, null=CLASSES, scale=scale)
 
 

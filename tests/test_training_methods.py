@@ -158,6 +158,18 @@ def test_self_conditioning_tells_the_network_its_own_estimate(x64):
     np.testing.assert_allclose(found.x, state, rtol=1e-12)
     assert int(found.nfe) == 4
 
+    def told_too(params, x, t, condition):  # as if the class were one more channel
+        return _of_two(params, x, t, None) + condition
+
+    # guided: both branches are told the guided estimate, so that the class counts as scale times itself
+    twice = training.self_conditioned(DATA, training.stacked(told_too), params, jnp.ones(1), jnp.zeros(1), 2.5)
+    once = training.self_conditioned(DATA, training.stacked(told_too), params, jnp.full(1, 2.5))
+    ends = [diffjax.sample(jax.random.key(0), one, solvers.ddim(), grid, x=start) for one in (twice, once)]
+    np.testing.assert_allclose(ends[0].x, ends[1].x, rtol=1e-12)
+    assert int(ends[0].nfe) == 8
+    with pytest.raises(ValueError, match="both null and scale"):
+        training.self_conditioned(DATA, network, params, null=0)
+
 
 # --- the hybrid loss ------------------------------------------------------------------------------------------------
 

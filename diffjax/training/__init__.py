@@ -17,7 +17,7 @@ from diffjax.training.optimiser import adam
 from diffjax.training.pairs import guided, learned_coupling
 from diffjax.training.picard import picard_consistency, picard_iterates, picard_weights
 from diffjax.training.precision import mixed
-from diffjax.training.self_conditioning import self_conditioned, stacked
+from diffjax.training.self_conditioning import Stacked, self_conditioned, stacked
 from diffjax.training.step import Metrics, TrainState, data_mesh, init, train_step, update
 from diffjax.training.times import cosmap, log_normal, log_snr, logit_normal, mode, restricted, shifted, uniform
 from diffjax.training.transfer import surgery
@@ -26,6 +26,7 @@ from diffjax.training.weightings import unweighted, weight_limit
 __all__ = [
     "Metrics",
     "Round",
+    "Stacked",
     "TrainState",
     "Visits",
     "adam",

@@ -55,19 +55,33 @@ def estimate(
     return jax.tree.map(lambda a, zero: jax.lax.stop_gradient(jnp.where(told, a, zero)), x0, nothing)
 
 
-def self_conditioned(prediction: Prediction, apply: Callable, params: Tree, condition: Tree = None) -> SelfConditioned:
+def self_conditioned(
+    prediction: Prediction, apply: Callable, params: Tree, condition: Tree = None, null: Tree = None, scale: Any = None
+) -> SelfConditioned:
     """The denoiser of such a network: it remembers its last estimate, which the sampler threads.
+
+    With ``null`` and ``scale`` it is guided, ``f(null) + scale (f(condition) - f(null))``, both told of the same
+    estimate, which is the guided one: two network evaluations a call (`guidance.classifier_free` takes denoisers
+    without a memory).
+
+    Raises ValueError for a scale without null, or null without a scale.
 
     Analog Bits: Generating Discrete Data using Diffusion Models with Self-Conditioning, arXiv:2208.04202,
     algorithm 2.
     """
-    return SelfConditioned(params, condition, prediction, apply)
+    if (null is None) != (scale is None):
+        raise ValueError(f"guidance needs both null and scale, got null={null!r} and scale={scale!r}.")
+    if null is not None:
+        null = jax.tree.map(lambda n, c: jnp.asarray(n, jnp.result_type(c)), null, condition)
+    return SelfConditioned(params, condition, null, scale, prediction, apply)
 
 
 @value
 class SelfConditioned:
     params: Tree = dataclasses.field(repr=False)
     condition: Tree
+    null: Tree
+    scale: Any
     prediction: Prediction
     network: Callable = static()
     factory = "self_conditioned"
@@ -79,9 +93,17 @@ class SelfConditioned:
 
     def apply(self, x: Tree, level: Level, memory: Tree) -> tuple[Tree, Tree]:
         """``(x0, memory)``: the clean estimate, and it as the network will be told of it."""
-        output = self.prediction.network(self.network, self.params, x, level, (self.condition, memory))
+        call = lambda told: self.prediction.network(self.network, self.params, x, level, (told, memory))
+        output = call(self.condition)
+        if self.null is not None:
+            output = jax.tree.map(lambda a, b: a + self.scale * (b - a), call(self.null), output)
         x0 = self.prediction.to_x0(output, x, level)
         return x0, jax.tree.map(lambda a, b: a.astype(b.dtype), self.prediction.process.leave(x0, CLEAN), memory)
+
+    def evaluations(self, level: Level) -> int:
+        """Network evaluations of a call."""
+        del level
+        return 1 if self.null is None else 2
 
     def check(self, t: Level) -> None:
         """Raise ValueError if the (concrete) levels ``t`` are not the process's, or do not determine x_0."""
