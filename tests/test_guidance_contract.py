@@ -84,6 +84,20 @@ class Far:
         return -0.5 * sum(((leaf - self.number) ** 2).sum() for leaf in jax.tree.leaves(x))
 
 
+@value
+class Square:
+    """Functions of a tree: half the squared distance to a number, the logits of two classes, and clipping to it."""
+
+    number: Array
+    kind: str = static(default="cost")
+
+    def __call__(self, x: Tree, level: Level | None = None) -> Any:
+        if self.kind == "project":
+            return jax.tree.map(lambda leaf: jnp.clip(leaf, -self.number, self.number), x)
+        cost = 0.5 * sum(((leaf - self.number) ** 2).sum() for leaf in jax.tree.leaves(x))
+        return jnp.stack([cost, 1.5 * jnp.sin(cost)]) if self.kind == "logits" else cost
+
+
 # What an argument without a default is, by its name and the grid; None: no guidance is built with it.
 ARGUMENTS: dict[str, Callable[[Grid], Any]] = {
     "null": lambda grid: NULL,
@@ -95,6 +109,13 @@ ARGUMENTS: dict[str, Callable[[Grid], Any]] = {
     "level": lambda grid: grid.start,
     "key": lambda grid: jax.random.key(3),
     "potential": lambda grid: Far(jnp.float32(1.0)),
+    "constraint": lambda grid: Square(jnp.float32(0.3)),
+    "cost": lambda grid: Square(jnp.float32(0.3)),
+    "logits": lambda grid: Square(jnp.float32(0.3), "logits"),
+    "label": lambda grid: 1,
+    "project": lambda grid: Square(jnp.float32(0.2), "project"),
+    "process": lambda grid: grid.process,
+    "rate": lambda grid: 0.7,
     "twist": lambda grid: Near(jnp.float32(1.0)),
     "reference": lambda grid: jax.tree.map(lambda leaf: 0.5 * leaf, X),
     "weights": lambda grid: np.random.default_rng(0).normal(size=(STEPS, 2, STEPS)) * np.tri(STEPS, k=-1)[:, None],
@@ -112,6 +133,7 @@ IDENTITY: dict[str, dict] = {
     "cads": {"noise": 0.0, "mix": 1.0},
     "composed": {"conditions": {"shift": PLAIN.condition["shift"][None]}, "scales": jnp.ones(1)},
     "conditioned": {"condition": PLAIN.condition},
+    "constrained": {"project": Square(jnp.float32(1e9), "project")},
     "weak_to_strong": {"steps": 0},
     "zero_init": {"share": 0.0},
 }

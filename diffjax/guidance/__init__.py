@@ -8,10 +8,14 @@ from diffjax.guidance.autoguidance import autoguidance, weak_to_strong
 from diffjax.guidance.bins import bin_loss, bin_probability, bins, cross_entropy, expected_tilt, quantile_edges
 from diffjax.guidance.cads import cads
 from diffjax.guidance.characteristic import characteristic
+from diffjax.guidance.classifier import boundary_distance, class_twist, classifier, fitted_temperature
 from diffjax.guidance.classifier_free import classifier_free, composed
 from diffjax.guidance.conditions import conditioned
+from diffjax.guidance.coupled import constrained, coupled, side_by_side
+from diffjax.guidance.density import density, score_alignment, tangential
 from diffjax.guidance.distilled import guidance_distillation
 from diffjax.guidance.energy import contrastive_energy, energy
+from diffjax.guidance.event import event, event_guided
 from diffjax.guidance.gradient import gradient, likeness, potential_twist
 from diffjax.guidance.hooks import perturbed, with_features
 from diffjax.guidance.initial_noise import OptimisedNoise, optimised_noise
@@ -35,15 +39,24 @@ __all__ = [
     "bin_loss",
     "bin_probability",
     "bins",
+    "boundary_distance",
     "cads",
     "characteristic",
+    "class_twist",
+    "classifier",
     "classifier_free",
     "composed",
     "conditioned",
+    "constrained",
     "contrastive_energy",
+    "coupled",
     "cross_entropy",
+    "density",
     "energy",
+    "event",
+    "event_guided",
     "expected_tilt",
+    "fitted_temperature",
     "fitted_weights",
     "gradient",
     "guidance_distillation",
@@ -64,10 +77,13 @@ __all__ = [
     "ramp",
     "refined_noise",
     "rescale",
+    "score_alignment",
     "search_heads",
     "self_minority",
     "self_negative",
+    "side_by_side",
     "sine",
+    "tangential",
     "tilted",
     "weak_to_strong",
     "with_features",

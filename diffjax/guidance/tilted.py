@@ -16,13 +16,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from diffjax.corrections.transform import check_within, condition_within, evaluations
-from diffjax.levels import Array, Level, Tree, as_value, is_traced, remembers, value
+from diffjax.guidance.schedules import as_scale, scale_at
+from diffjax.levels import Array, Level, Tree, as_value, remembers, value
 
 
-def tilted(denoise: Any, twist: Any, scale: Array = 1.0) -> Tilted:
+def tilted(denoise: Any, twist: Any, scale: Any = 1.0) -> Tilted:
     """The denoiser of the tilted law, ``x0 + scale sigma^2 / alpha grad_x log h(x, level)`` (Tweedie's formula).
 
     With the exact twist p(y | x_t) and scale 1 this is E[x_0 | x_t, y]; scale 0 is the plain denoiser.  At alpha = 0
@@ -31,7 +31,7 @@ def tilted(denoise: Any, twist: Any, scale: Array = 1.0) -> Tilted:
     Args:
         denoise: a denoiser that does not remember.
         twist: see the module; `diffjax.inverse` has those of measurements and rewards.
-        scale: the strength, finite.
+        scale: the strength, finite; a number or a function of the level (`diffjax.guidance.sine`).
 
     Network evaluations: those of the twist, which are the denoiser's own unless it says otherwise; its derivatives
     are not counted.
@@ -46,9 +46,7 @@ def tilted(denoise: Any, twist: Any, scale: Array = 1.0) -> Tilted:
     """
     if remembers(denoise):
         raise ValueError(f"tilted cannot wrap a denoiser that remembers, got {denoise!r}.")
-    if not is_traced(scale) and not np.all(np.isfinite(scale)):
-        raise ValueError(f"scale must be finite, got {scale!r}.")
-    return Tilted(as_value(denoise), as_value(twist), scale)
+    return Tilted(as_value(denoise), as_value(twist), as_scale("scale", scale))
 
 
 def twist_gradient(denoise: Any, twist: Any, x: Tree, level: Level) -> tuple[Array, Tree, Tree]:
@@ -63,12 +61,12 @@ def twist_gradient(denoise: Any, twist: Any, x: Tree, level: Level) -> tuple[Arr
 class Tilted:
     denoise: Any
     twist: Any
-    scale: Array
+    scale: Any
     factory = "tilted"
 
     def __call__(self, x: Tree, level: Level) -> Tree:
         _, x0, gradient = twist_gradient(self.denoise, self.twist, x, level)
-        return shifted_estimate(x0, gradient, level, self.scale)
+        return shifted_estimate(x0, gradient, level, scale_at(self.scale, level))
 
     condition = property(condition_within)
 
