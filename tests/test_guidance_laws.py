@@ -206,20 +206,21 @@ def test_away_from_the_boundary(x64):
     margin = lambda x: Bayes()(x)[0] - Bayes()(x)[1]
     line = lambda x: 3.0 * x[0] - 4.0 * x[1] + 1.0
     np.testing.assert_allclose(guidance.boundary_distance(line, X), line(X) / 5, rtol=1e-12)
-    starts = np.random.default_rng(5).normal(size=(64, 2))
-    grid = grids.uniform(FLOW, 24)
+    starts = np.random.default_rng(5).normal(size=(48, 2))
+    grid = grids.uniform(FLOW, 16)
     run = jax.jit(
         lambda denoise: jax.vmap(lambda x: sample(jax.random.key(0), denoise, solvers.ddim(), grid, x=x).x)(starts)
     )
     drawn = {scale: run(guidance.classifier(LAW, Bayes(), 0, scale)) for scale in (1.0, 4.0)}
-    far = {scale: jax.vmap(lambda x: guidance.boundary_distance(margin, x))(x) for scale, x in drawn.items()}
-    assert np.mean(far[4.0]) > np.mean(far[1.0]) + 4 * np.std(far[4.0] - far[1.0]) / np.sqrt(64)
+    distances = jax.jit(jax.vmap(lambda x: guidance.boundary_distance(margin, x)))
+    far = {scale: distances(x) for scale, x in drawn.items()}
+    assert np.mean(far[4.0]) > np.mean(far[1.0]) + 4 * np.std(far[4.0] - far[1.0]) / np.sqrt(48)
     # the post-processor: the exact flow from the guided set, smoothed, to the data
-    generated = oracles.mixture(np.ones(64), np.asarray(drawn[4.0]), np.full(64, 0.02))
-    data = jax.vmap(CLASS.sample)(jax.random.split(jax.random.key(3), 64)).astype(jnp.float64)
+    generated = oracles.mixture(np.ones(48), np.asarray(drawn[4.0]), np.full(48, 0.02))
+    data = jax.vmap(CLASS.sample)(jax.random.split(jax.random.key(3), 48)).astype(jnp.float64)
     field = interpolants.exact(interpolants.linear(), generated, CLASS)
     times = np.linspace(0.0, 1.0, 5)
-    after = jax.vmap(lambda x: interpolants.ode(field.velocity, times, x).x)(drawn[4.0])
+    after = jax.jit(jax.vmap(lambda x: interpolants.ode(field.velocity, times, x).x))(drawn[4.0])
     apart = lambda x: _w2(np.asarray(x), np.asarray(data))
     assert apart(after) < 0.7 * apart(drawn[4.0])
 
@@ -301,7 +302,7 @@ def test_coupled():
         guidance.side_by_side(first, second), lambda xy: 0.5 * ((xy[0] - xy[1]) ** 2).sum(), strength
     )
     grid = grids.times(VP, np.geomspace(1.0, 0.01, 24))
-    solver = modifiers.langevin(solvers.ddim(eta=1.0), 8, size=0.25)
+    solver = modifiers.langevin(solvers.ddim(eta=1.0), 4, size=0.3)
     keys = jax.random.split(jax.random.key(0), 1500)
     starts = jax.random.normal(jax.random.key(9), (2, 1500, 1))
     draw = lambda key, x, y: sample(key, joint, solver, grid, x=(x, y)).x
@@ -334,7 +335,7 @@ def test_coupled():
 def test_density(x64):
     """The log-density at the end is the one asked for, up to the solver's error; unguided it is not."""
     first, last = 0.9, 0.05
-    grid = grids.times(VP, np.linspace(first, last, 33))
+    grid = grids.times(VP, np.linspace(first, last, 129))
     start, end = VP.level(first), VP.level(last)
     x = np.array([0.9, -0.4])
     before = float(LAW.log_density(x, start))
@@ -342,9 +343,9 @@ def test_density(x64):
     found = []
     for wanted in (-4.0, -2.0):
         rate = (before - wanted) / (first - last)
-        found.append(run(guidance.density(LAW, VP, rate), solvers.rk4()))
-    np.testing.assert_allclose(found, [-4.0, -2.0], atol=1e-3)
-    plain = run(guidance.density(LAW, VP, rate, scale=0.0), solvers.rk4())
+        found.append(run(guidance.density(LAW, VP, rate), solvers.heun()))
+    np.testing.assert_allclose(found, [-4.0, -2.0], atol=5e-3)
+    plain = run(guidance.density(LAW, VP, rate, scale=0.0), solvers.heun())
     assert abs(plain + 2.0) > 0.3
 
     # with noise along the level sets: to the first order of Euler's steps

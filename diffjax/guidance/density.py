@@ -123,31 +123,31 @@ class Density:
             raise ValueError(f"density needs one level for the whole state, got alpha of shape {np.shape(t.alpha)}.")
 
 
-def tangential(denoise: Any) -> Tangential:
+def tangential(model: Any) -> Tangential:
     """Noise that leaves the log-density alone: standard normal draws without their part along the score.
 
-    For the option ``noise`` of `diffjax.sample`, with `density` of the same eta as the solver.  One further call of the
-    denoiser a row, which `Sample.nfe` does not count.
+    For the option ``noise`` of `diffjax.sample`, with `density` of the same eta as the solver.  One further call a row
+    of ``model``, the denoiser, which `Sample.nfe` does not count.
 
     Devil is in the Details: Density Guidance for Detail-Aware Generation with Flow Models, arXiv:2502.05807.
 
     Raises ValueError for a denoiser that remembers.
     """
-    if remembers(denoise):
-        raise ValueError(f"tangential needs a denoiser that does not remember, got {denoise!r}.")
-    return Tangential(as_value(denoise))
+    if remembers(model):
+        raise ValueError(f"tangential needs a denoiser that does not remember, got {model!r}.")
+    return Tangential(as_value(model))
 
 
 @value
 class Tangential:
-    denoise: Any
+    model: Any
     factory = "tangential"
 
     def __call__(self, key: Array, index: Array, row: Row, x: Tree, draws: int) -> tuple[Tree, ...]:
         key = jax.random.fold_in(key, index)
         leaves, structure = jax.tree.flatten(x)
         keys = jax.random.split(key, draws * len(leaves)).reshape(draws, len(leaves))
-        score = jax.tree.map(lambda clean, leaf: row.t.alpha * clean - leaf, self.denoise(x, row.t), x)
+        score = jax.tree.map(lambda clean, leaf: row.t.alpha * clean - leaf, self.model(x, row.t), x)
         square = dot(score, score)
 
         def draw(keys: Array) -> Tree:
