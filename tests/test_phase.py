@@ -260,6 +260,11 @@ SOLVERS = [
     phase.sscs(),
     phase.sscs(eta=0),
     *(phase.symplectic(kind, reduced) for kind in ("euler", "verlet") for reduced in (False, True)),
+    phase.oba(),
+    phase.oba(reduced=False),
+    phase.oba("bao", noise=0.3),
+    phase.oba("obab", reduced=False),
+    phase.oba("oabao", noise=0.0),
 ]
 
 
@@ -269,7 +274,7 @@ SOLVERS = [
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_orders_against_the_exact_gaussian(solver, name):
     process = PROCESSES[name]
-    if process.schedule.variables != 2 and "symplectic" in repr(solver):
+    if process.schedule.variables != 2 and ("symplectic" in repr(solver) or "oba(" in repr(solver)):
         with pytest.raises(ValueError, match="two variables"):
             solver.plan(grids.times(process, [1.0, 0.0]))
         return

@@ -70,7 +70,7 @@ class Exponential:
             noise = (matrices.factor(covariance),)
         else:
             move = flow(schedule, t, s, self.factors)
-        weights = after - matrices.times(move, before)
+        weights = after - matrices.act(move, before)
         if self.order == 1:
             return Table(Affine(move, (weights,), noise))
         share = _extrapolation(grid)[:, None]

@@ -13,6 +13,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
+import numpy as np
+
 from diffjax.levels import Array, namespace, root
 
 _DOUBLINGS = 9  # spans up to tau |F| = 256 ...
@@ -32,10 +35,17 @@ def transition(drift: Array, diffusion: Array, span: Array) -> tuple[Array, Arra
         moved = moved + step**k / float(math.factorial(k)) * power
         spread = spread + step**k / float(math.factorial(k)) * term
         term = drift @ term + term @ drift.T
-    for _ in range(_DOUBLINGS):
-        spread = spread + moved @ spread @ transpose(moved)
-        moved = moved @ moved
-    return moved, spread
+
+    def doubled(_: Any, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+        moved, spread = pair
+        return moved @ moved, spread + moved @ spread @ transpose(moved)
+
+    if xp is not np:
+        return jax.lax.fori_loop(0, _DOUBLINGS, doubled, (moved, spread))  # one body to compile, not nine
+    pair = (moved, spread)
+    for i in range(_DOUBLINGS):
+        pair = doubled(i, pair)
+    return pair
 
 
 def transpose(matrix: Array) -> Array:
@@ -79,6 +89,11 @@ def stationary(drift: Array, diffusion: Array) -> Array:
 def times(matrix: Array, vector: Array) -> Array:
     """Matrix times vector, over leading axes."""
     return (matrix @ vector[..., None])[..., 0]
+
+
+def act(matrix: Array, mean: Array) -> Array:
+    """Matrix times a vector, or times a matrix where ``mean`` has as many axes."""
+    return matrix @ mean if mean.ndim == matrix.ndim else times(matrix, mean)
 
 
 def identity(xp: Any, like: Array, size: int) -> Array:

@@ -4,7 +4,7 @@
     step       u'  = A u   + sum_i b_i  x0_i + sum_k C_k  z_k
 
 with n x n matrices A and C, n-vectors b and the statistic r of `linear_sde`.  A method is what fills them in, in
-float64 before the loop.
+float64 before the loop.  Where the n entries are all data (`flexible`), b and r are n x n matrices too.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Affine(NamedTuple):
     """A state as a function of the step's start u, its clean estimates (the remembered one last) and its noise."""
 
     keep: Array  # (R, n, n)
-    clean: tuple[Array, ...] = ()  # (R, n) each, one for every estimate
+    clean: tuple[Array, ...] = ()  # (R, n) or (R, n, n) each, one for every estimate
     noise: tuple[Array, ...] = ()  # (R, n, n) each
 
     def map(self, matrix: Array) -> Affine:
         """The state times a matrix."""
-        clean = tuple(matrices.times(matrix, b) for b in self.clean)
+        clean = tuple(matrices.act(matrix, b) for b in self.clean)
         return Affine(matrix @ self.keep, clean, tuple(matrix @ c for c in self.noise))
 
     def plus(self, other: Affine) -> Affine:
@@ -48,7 +48,7 @@ class Affine(NamedTuple):
         mean, covariance = moments
         precision = matrices.inverse(covariance)
         minus = (self if state is None else state).map(-precision)
-        return minus.estimate(index, matrices.times(precision, mean))
+        return minus.estimate(index, matrices.act(precision, mean))
 
 
 def _sum(left: tuple, right: tuple) -> tuple:
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
     out: Affine
     stages: tuple[Affine | None, ...]
     levels: tuple[Level, ...]
-    reads: tuple[Array, ...]  # the statistic r of every stage, (R, n)
+    reads: tuple[Array, ...]  # the statistic r of every stage, (R, n) or (R, n, n)
     start: Affine  # E[u_0 | u_t] from the state and the first estimate
 
 
@@ -99,12 +99,15 @@ class Phase:
                 raise ValueError(f"{self!r} needs decreasing times without gaps, got {grid.t.time!r}, {grid.s.time!r}.")
             if np.ndim(grid.t.time) != 1:
                 raise ValueError(f"{self!r} needs one time a step, got times of shape {grid.t.time.shape}.")
-        table, schedule = method.table(grid), grid.process.schedule
+        schedule = grid.process.schedule
+        if self.history and hasattr(schedule, "statistic"):
+            raise ValueError(f"{self!r} remembers an estimate of one entry, and all entries are data in {schedule!r}.")
+        table = method.table(grid)
         levels = tuple(grid.t if level is None else level for level in table.levels)
         reads = tuple(statistic(schedule, level) for level in levels)
         (mean, _), (first, _) = schedule.moments(grid.t.time), schedule.moments(0 * grid.t.time)
         back, _ = schedule.kernel(grid.t.time, 0 * grid.t.time)
-        start = Affine(back, (first - matrices.times(back, mean),))
+        start = Affine(back, (first - matrices.act(back, mean),))
         return Row(grid.t, grid.s, Plan(table.out, table.stages, levels, reads, start))
 
     def init(self, x: Tree) -> Tree:
@@ -117,7 +120,7 @@ class Phase:
         estimates: tuple[Tree, ...] = ()
         for stage, level, read in zip(plan.stages, plan.levels, plan.reads, strict=True):
             state = x if stage is None else apply(stage, x, estimates, noise)
-            y = jax.tree.map(lambda leaf, r=read: _rows(r[None], leaf)[0], state)
+            y = jax.tree.map(lambda leaf, r=read: _read(r, leaf), state)
             estimates = (*estimates, denoise(y, level))
         start = apply(plan.start, x, estimates, ())
         return apply(plan.out, x, (*estimates, *memory), noise), estimates[: self.history], Info(start)
@@ -129,7 +132,7 @@ def apply(affine: Affine, x: Tree, clean: tuple[Tree, ...], noise: tuple[Tree, .
     def leaf(leaf: Array, *others: Array) -> Array:
         total = _rows(affine.keep, leaf)
         for b, x0 in zip(affine.clean, others, strict=False):
-            total = total + b.reshape(b.shape + (1,) * x0.ndim) * x0
+            total = total + (_rows(b, x0) if b.ndim == 2 else b.reshape(b.shape + (1,) * x0.ndim) * x0)
         for c, z in zip(affine.noise, others[len(clean) :], strict=False):
             total = total + _rows(c, z)
         return total.astype(leaf.dtype)
@@ -141,8 +144,14 @@ def _rows(matrix: Array, leaf: Array) -> Array:
     return (matrix @ leaf.reshape(leaf.shape[0], -1)).reshape(matrix.shape[0], *leaf.shape[1:])
 
 
+def _read(read: Array, leaf: Array) -> Array:
+    return _rows(read, leaf) if read.ndim == 2 else _rows(read[None], leaf)[0]
+
+
 def statistic(schedule: Any, level: Level) -> Array:
-    """r with ``y = r . u``, of shape (..., n)."""
+    """r with ``y = r . u``, of shape (..., n), or (..., n, n) where all entries are data."""
+    if hasattr(schedule, "statistic"):
+        return schedule.statistic(level)
     mean, covariance = schedule.moments(level.time)
     solved = matrices.times(matrices.inverse(covariance), mean)
     xp = namespace(solved)

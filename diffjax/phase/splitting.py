@@ -98,7 +98,8 @@ class EulerMaruyama:
     def table(self, grid: Grid) -> Table:
         state, step = _start(grid), (grid.t.time - grid.s.time)[:, None]
         drift, clean, diffusion = grid.process.schedule.reverse(grid.t.time, self.eta)
-        out = state.plus(state.map(step[..., None] * drift)).estimate(0, step * clean)
+        wide = step if clean.ndim == 2 else step[..., None]
+        out = state.plus(state.map(step[..., None] * drift)).estimate(0, wide * clean)
         if self.eta:
             out = out.draw(0, matrices.factor(step[..., None] * diffusion))
         return Table(out)
