@@ -1,7 +1,7 @@
 """The marginals of Gaussian processes on a mixture: exact ones forwards, samples of the reverse process.
 
-Every process is ``x_t = m_t + B (alpha z_0 + sigma eps)`` in some coordinates, so with mixture data an entry of x_t is a
-mixture of Gaussians whose numbers are found by entering and leaving those coordinates.
+Every process is ``x_t = m_t + B (alpha z_0 + sigma eps)`` in some coordinates, so with mixture data an entry of x_t is
+a mixture of Gaussians whose numbers are found by entering and leaving those coordinates.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def gaussian(
         x0, eps = draw_data(key_data, paths, size), jax.random.normal(key_noise, (paths, size))
         start = jax.tree.map(jnp.asarray, walk.start)
 
-        def one(key: Array, x0: Array, eps: Array) -> tuple[Array, Level]:
+        def one(key: Array, x0: Array, eps: Array) -> tuple[Array, Any]:
             x = process.noised(unravel(x0), eps, start)
             saved = diffjax.sample(key, denoise, solvers.ancestral(), walk, x=x, save="states").saved
             return jax.vmap(flat)(saved.states), saved.states_level

@@ -5,6 +5,7 @@ there is a function ``check_NAME(folder, result, output)`` here, it looks at wha
 """
 
 import importlib
+import inspect
 import json
 
 import jax
@@ -14,9 +15,12 @@ import pytest
 
 import diffjax
 from diffjax import training
+from diffjax.catalogue import catalogue
 from diffjax.solvers import ddim
 from experiments import __main__ as listing
-from experiments import _run, _solvers, baselines, digits, mixture, solvers
+from experiments import _run, _solvers, baselines, digits, mixture, processes, solvers
+from experiments._marginals import gaussian_panels
+from experiments._other_marginals import other_panels
 from experiments._problems import moments
 
 
@@ -75,6 +79,35 @@ def check_digits(folder, result, output):
     model = digits.load(folder)
     grid = diffjax.grids.uniform(digits.PROCESS, 2)
     assert np.all(np.isfinite(digits.generate(model, ddim(), grid, np.array([1, 2]), jax.random.key(0)).x))
+
+
+def check_processes(folder, result, output):
+    """The panels that were asked for, with the exact law up to what so few draws leave; four processes are possible."""
+    lines = (folder / "marginals.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["panel", "flow", "linear"]
+    assert all(distance < 1.95 / np.sqrt(60) for distance in result["marginals"].values())
+    stored = json.loads((folder / "digits.json").read_text())
+    assert set(stored["metrics"]) == {"phase", "floor"} and len(stored["metrics"]["phase"]) == 7
+    assert np.all(np.isfinite(list(stored["metrics"]["phase"].values())))
+    assert "Frechet distance over its floor: phase" in output
+    for picture in ("marginals", "digits"):
+        assert (folder / f"{picture}.png").stat().st_size > 5000
+
+
+def test_every_process_has_a_panel():
+    """Found by their packages' catalogues: a new process without one is noticed."""
+    panels = [*gaussian_panels(), *other_panels()]
+    shown = {panel.shows for panel in panels}
+    assert len({panel.name for panel in panels}) == len(panels)
+    assert set(catalogue(diffjax.processes)) <= shown
+    made = lambda package: {
+        name
+        for name, factory in catalogue(package).items()
+        if inspect.signature(factory).return_annotation in ("Process", "Interpolant", "OneSided", "AffineForward")
+    }
+    assert made(diffjax.phase) | made(diffjax.interpolants) <= shown
+    assert {"electrostatic_noise", "blackout", "thickened", "jacobi"} <= shown
+    assert set(processes.settings()) == {"vp", "flow", "blur", "phase"}
 
 
 def test_sets_that_match_have_the_labels_and_are_disjoint():

@@ -11,6 +11,7 @@ from diffjax.training.exposure import perturbed, scheduled_sampling, unrolled
 from diffjax.training.hybrid import hybrid
 from diffjax.training.loop import fit
 from diffjax.training.losses import denoising
+from diffjax.training.multitask import aggregated, aggregation_share, head_twist, multitask
 from diffjax.training.noise_refinement import noise_refinement
 from diffjax.training.optimal_classifier import Round, Visits, optimal_classifier, visits
 from diffjax.training.optimiser import adam
@@ -30,6 +31,8 @@ __all__ = [
     "TrainState",
     "Visits",
     "adam",
+    "aggregated",
+    "aggregation_share",
     "checkpoint",
     "cosmap",
     "couplings",
@@ -48,6 +51,7 @@ __all__ = [
     "logit_normal",
     "mixed",
     "mode",
+    "multitask",
     "noise_refinement",
     "optimal_classifier",
     "perturbed",
