@@ -18,6 +18,14 @@ from diffjax.nongaussian.electrostatic import electrostatic_loss as electrostati
 from diffjax.nongaussian.electrostatic import electrostatic_noise as electrostatic_noise
 from diffjax.nongaussian.electrostatic import electrostatic_points as electrostatic_points
 from diffjax.nongaussian.electrostatic import electrostatic_prior as electrostatic_prior
+from diffjax.nongaussian.restoration import block_averages as block_averages
+from diffjax.nongaussian.restoration import consistent as consistent
+from diffjax.nongaussian.restoration import critic_losses as critic_losses
+from diffjax.nongaussian.restoration import degradation as degradation
+from diffjax.nongaussian.restoration import energy_prior as energy_prior
+from diffjax.nongaussian.restoration import map_loss as map_loss
+from diffjax.nongaussian.restoration import masked as masked
+from diffjax.nongaussian.restoration import regenerated as regenerated
 from diffjax.nongaussian.simplex import broken as broken
 from diffjax.nongaussian.simplex import jacobi as jacobi
 from diffjax.nongaussian.simplex import joined as joined
