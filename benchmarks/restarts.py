@@ -40,7 +40,7 @@ def newest(folder: Path) -> int:
 def main(kills: int = 50, steps: int = 400) -> dict:
     """Kill, finish, compare; saves and returns what happened."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.restarts"])
+    context.set_forkserver_preload(["tests.killed_run"])
     chance, begin, hit = random.Random(0), time.perf_counter(), 0
     with tempfile.TemporaryDirectory() as place:
         killed, whole, output = (Path(place) / name for name in ("killed", "undisturbed", "stderr"))

@@ -78,6 +78,8 @@ class Options:
     """Probability that the network is told its own estimate; above 0 it is built with a channel for it."""
     save_every: int = 500
     """Training steps between checkpoints."""
+    log_every: int = 50
+    """Training steps between lines of metrics."""
     solver: str = "dpmpp"
     """Public solver of the samples that are measured."""
     sampling_steps: int = 20
@@ -213,6 +215,7 @@ def train(options: Options, images: data.Images, resume: bool = False, report: A
         resume=resume,
         report=report,
         save_every=options.save_every,
+        log_every=options.log_every,
         config=json.loads(json.dumps(dataclasses.asdict(options), default=str)),
         fixed=("batch", "learning_rate", "dropout", "ema", "ema_width", "seed", *names),
         architecture=networks.architecture(apply),
@@ -386,7 +389,17 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 
 # of a run that goes on: on other devices, in other company, or for longer
-MAY_CHANGE = ("steps", "mesh", "accumulate", "coordinator", "processes", "process", "measure")
+MAY_CHANGE = (
+    "steps",
+    "save_every",
+    "log_every",
+    "mesh",
+    "accumulate",
+    "coordinator",
+    "processes",
+    "process",
+    "measure",
+)
 
 
 def joined(options: Options) -> Options:
