@@ -219,8 +219,8 @@ def test_a_state_off_the_mesh_is_refused_and_explicit_axes_are_made_automatic(al
     with pytest.raises(ValueError, match=r"state must be on the mesh \{'data': 8\}"):
         training.train_step(LOSS, OPTIMISER, mesh=mesh)(start(), (X0,))
     explicit = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
-    _, losses = trained(training.train_step(LOSS, OPTIMISER, mesh=explicit), start(mesh=explicit))
-    np.testing.assert_allclose(losses, alone[type(LOSS)][2], rtol=1e-6)
+    step = training.train_step(LOSS, OPTIMISER, mesh=explicit)
+    np.testing.assert_allclose(trained(step, start(mesh=explicit))[1], alone[type(LOSS)][2], rtol=1e-6)
 
 
 # --- the same noise and the same samples ------------------------------------------------------------------------------
@@ -253,6 +253,9 @@ def test_samples_are_those_of_one_device_and_their_noise_bitwise():
     x, noise = jax.jit(many)(keys)
     found = [jax.jit(many)(jax.device_put(keys, on(*where))) for where in ((2,), (8,), (8, "data=2,fsdp=4"))]
     found.append(jax.tree.map(lambda leaf: leaf.reshape(16, SIZE), jax.pmap(many)(keys.reshape(8, 2))))
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        found.append(jax.device_get(jax.jit(many)(jax.device_put(keys, NamedSharding(explicit, P("data"))))))
     for other, drawn in found:
         np.testing.assert_allclose(other, x, rtol=0, atol=1e-5 * np.abs(x).max())
         jax.tree.map(np.testing.assert_array_equal, drawn, noise)

@@ -31,7 +31,6 @@ class Runs(NamedTuple):
     codes: list[int]
     output: list[str]
     losses: dict[int, float]  # of one process, by the step
-    whole: digits.Model
 
 
 def launch(folder, process, port, output):
@@ -66,15 +65,20 @@ def runs(tmp_path_factory):
         processes[1].send_signal(signal.SIGTERM)  # to one of them
         codes = [process.wait(timeout=200) for process in processes]
     finally:
-        for process in processes:
+        for process, output in zip(processes, outputs, strict=True):
             process.kill()
+            process.wait()
+            output.close()
     found = [Path(output.name).read_text() for output in outputs]
+    return Runs(place / "two", codes, found, trained(place / "one"))
+
+
+def trained(folder, resume=False):
+    """The losses of the run in this process, by the step."""
     losses = {}
-    options = dataclasses.replace(OPTIONS, out=place / "one")
-    whole = digits.train(
-        options, data.load("digits", "train"), report=lambda step, line: losses.update({step: line["loss"]})
-    )
-    return Runs(place / "two", codes, found, losses, whole)
+    report = lambda step, line: losses.update({step: line["loss"]})
+    digits.train(dataclasses.replace(OPTIONS, out=folder), data.load("digits", "train"), resume, report)
+    return losses
 
 
 def test_preemption_of_one_process_saves_in_all_and_exits_cleanly(runs):
@@ -100,15 +104,12 @@ def test_one_process_takes_up_what_two_have_saved(runs):
         found = training.checkpoint.weights(runs.folder, spread)
         assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(found)) == ("fsdp" in description)
         jax.tree.map(np.testing.assert_array_equal, devices.gathered(found), like)
-    losses = {}
-    options = dataclasses.replace(OPTIONS, mesh="data=2,fsdp=4", out=runs.folder)
-    report = lambda step, line: losses.update({step: line["loss"]})
-    model = digits.train(options, data.load("digits", "train"), resume=True, report=report)
-    first = min(losses)
-    assert first == training.checkpoint.steps(runs.folder)[0] + 1 or first > 12
-    np.testing.assert_allclose(losses[first], runs.losses[first], rtol=1e-4)
-    for a, b in zip(jax.tree.leaves(model.params), jax.tree.leaves(runs.whole.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-3)
+    saved = training.checkpoint.steps(runs.folder)[-1]
+    losses = trained(runs.folder, resume=True)
+    assert list(losses) == list(range(saved + 1, STEPS + 1))
+    # Parameters are not compared: those without effect, such as biases of keys, follow the rounding of their gradient.
+    np.testing.assert_allclose(list(losses.values())[:12], [runs.losses[step] for step in losses][:12], rtol=1e-5)
+    np.testing.assert_allclose(losses[STEPS], runs.losses[STEPS], rtol=1e-3)
     assert training.checkpoint.steps(runs.folder)[-1] == STEPS
 
 

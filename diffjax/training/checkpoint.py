@@ -8,7 +8,7 @@ A checkpoint is written beside its place and renamed when all of it is on disk, 
 its name is complete. The record lists every file with its size and checksum, which are compared before
 anything is read: a missing piece of an array file can read as zeros.
 
-A `Writer` writes while the training goes on: one checkpoint at a time, of a copy of the state; the next waits for it.
+A `Writer` writes while the training goes on: one checkpoint at a time; the next waits for it.
 """
 
 import json
@@ -114,7 +114,7 @@ class Writer:
         could not read), and must not be taken for its newest.
 
         Args:
-            state: may be given back (donated) at once: a copy of it is written.
+            state: may be given to the next step at once (JAX keeps the memory that Orbax still reads).
             iterator: `get_state()` of the data's iterator.
             config, architecture, batch: JSON values kept beside the arrays.
 
@@ -151,7 +151,7 @@ class Writer:
                 if REST.match(rest.name):  # and nothing else that was put there: a copy called "best", say
                     shutil.rmtree(rest, ignore_errors=True)
         # Plain gradient descent, for one, has no state to save.
-        arrays = {part: ocp.args.StandardSave(_snapshot(tree)) for part, tree in trees.items() if tree}
+        arrays = {part: ocp.args.StandardSave(tree) for part, tree in trees.items() if tree}
         if self.orbax is None:
             self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         try:
@@ -199,16 +199,6 @@ class Writer:
         newest = f"the newest is that of step {known[-1]}" if known else "there is none before it"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return OSError(f"checkpoint {self.path} could not be written, {newest}: {reason}")
-
-
-def _snapshot(tree: PyTree) -> PyTree:
-    """Arrays that outlive the state: on the CPU, Orbax would write what the next step may overwrite."""
-    return _copies(tree) if jax.default_backend() == "cpu" else tree
-
-
-@jax.jit
-def _copies(tree: PyTree) -> PyTree:
-    return jax.tree.map(jnp.copy, tree)
 
 
 def restore(folder: Folder, like: TrainState, *, step: int | None = None) -> Restored:

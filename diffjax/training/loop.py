@@ -81,15 +81,15 @@ def fit(
             raise ValueError(f"{name} must be at least 1, got {number}")
     found = None
     stateful = hasattr(batches, "get_state") and hasattr(batches, "set_state")
-    if resume:
-        if folder is None:
-            raise ValueError("resume=True needs the folder of the run")
-        if checkpoint.steps(folder) or not Path(folder).is_dir():
-            found = _resume(state, batches if stateful else None, folder, architecture, config or {}, fixed)
-            state = found.state
-    elif folder is not None and checkpoint.steps(folder):
+    if resume and folder is None:
+        raise ValueError("resume=True needs the folder of the run")
+    known = [] if folder is None else _agreed(folder)
+    if resume and (known or not Path(folder or "").is_dir()):
+        found = _resume(state, batches if stateful else None, folder or "", architecture, config or {}, fixed)
+        state = found.state
+    elif known:
         raise ValueError(
-            f"folder {os.fspath(folder)!r} has checkpoints of steps {checkpoint.steps(folder)}: "
+            f"folder {os.fspath(folder or '')!r} has checkpoints of steps {known}: "
             "pass resume=True to go on from them, or another folder"
         )
     writer = None if folder is None else checkpoint.Writer(folder)
@@ -140,6 +140,19 @@ def fit(
                 bar.write(f"SIGTERM: saved step {done}" if folder is not None else "SIGTERM: not saved, no folder")
                 raise SystemExit(0)
     return state
+
+
+def _agreed(folder: str | os.PathLike) -> list[int]:
+    """The steps of the folder's checkpoints, which every host must see."""
+    known = checkpoint.steps(folder)
+    if jax.process_count() > 1:
+        newest = multihost_utils.process_allgather(np.asarray(max(known, default=-1)))
+        if len(set(newest.tolist())) > 1:
+            raise ValueError(
+                f"folder {os.fspath(folder)!r} must be shared by all hosts, but they see newest checkpoints of steps"
+                f" {newest.tolist()} (-1 is none)"
+            )
+    return known
 
 
 def _same_batches(step: Any, batch: Any, expected: list[Any] | None) -> list[Any] | None:
