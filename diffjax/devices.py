@@ -11,6 +11,7 @@ of sums.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -125,15 +126,18 @@ def placed(leaf: Any, sharding: Sharding) -> jax.Array:
 
 def gathered(tree: Any) -> Any:
     """A tree of arrays as NumPy arrays, on every host."""
+    leaves, structure = jax.tree.flatten(tree)
+    spread = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) and not _here(leaf)}
+    if spread:
+        sharding: Any = next(iter(spread.values())).sharding
+        whole = jax.jit(lambda leaves: leaves, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(spread)
+        leaves = [whole.get(i, leaf) for i, leaf in enumerate(leaves)]
+    return structure.unflatten([np.asarray(leaf) for leaf in leaves])
 
-    def whole(leaf: Any) -> np.ndarray:
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
-            from jax.experimental import multihost_utils
 
-            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-        return np.asarray(leaf)
-
-    return jax.tree.map(whole, tree)
+def _here(leaf: jax.Array) -> bool:
+    """Whether this host has all of an array."""
+    return leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 # --- batches -------------------------------------------------------------------------------------------------------
@@ -240,6 +244,20 @@ def initialise(coordinator: str | None = None, processes: int | None = None, pro
     if processes is None or process is None or not 0 <= process < processes:
         raise ValueError(f"process={process} must be at least 0 and below processes={processes}, both given")
     jax.distributed.initialize(coordinator, processes, process)
+
+
+_meetings = itertools.count()
+
+
+def meet(what: str, seconds: int = 1800) -> None:
+    """Wait for the other processes: where they may be far apart, before what gives up after half a minute.
+
+    Called alike by all processes.  Nothing for one process.
+    """
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        multihost.get_barrier_sync_fn()(key=f"diffjax {next(_meetings)}: {what}", timeout_ms=1000 * seconds)
 
 
 # --- memory --------------------------------------------------------------------------------------------------------

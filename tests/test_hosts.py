@@ -58,12 +58,12 @@ def runs(tmp_path_factory):
     outputs = [(place / f"{process}.txt").open("w+") for process in range(2)]
     processes = [launch(place / "two", process, port, outputs[process]) for process in range(2)]
     try:
-        end = time.time() + 500
+        end = time.time() + 900
         while len(lines(place / "two")) < 12 and all(process.poll() is None for process in processes):
             assert time.time() < end, "the processes did not get anywhere"
             time.sleep(0.02)
         processes[1].send_signal(signal.SIGTERM)  # to one of them
-        codes = [process.wait(timeout=200) for process in processes]
+        codes = [process.wait(timeout=400) for process in processes]
     finally:
         for process, output in zip(processes, outputs, strict=True):
             process.kill()

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from diffjax import devices
@@ -95,8 +94,8 @@ class Writer:
         finally:
             if self.orbax is not None:
                 self.orbax.close()
-        if orderly and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("diffjax: the last checkpoint is in its place")
+        if orderly:
+            devices.meet("the last checkpoint is in its place")
 
     def save(
         self,
@@ -152,6 +151,7 @@ class Writer:
                     shutil.rmtree(rest, ignore_errors=True)
         # Plain gradient descent, for one, has no state to save.
         arrays = {part: ocp.args.StandardSave(tree) for part, tree in trees.items() if tree}
+        devices.meet("all save")
         if self.orbax is None:
             self.orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         try:

@@ -26,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from diffjax import devices
 from diffjax.training import checkpoint
 from diffjax.training.step import Metrics, TrainState
 
@@ -144,6 +145,7 @@ def fit(
 
 def _agreed(folder: str | os.PathLike) -> list[int]:
     """The steps of the folder's checkpoints, which every host must see."""
+    devices.meet("the run begins")
     known = checkpoint.steps(folder)
     if jax.process_count() > 1:
         newest = multihost_utils.process_allgather(np.asarray(max(known, default=-1)))

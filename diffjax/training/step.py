@@ -214,7 +214,18 @@ class Step:
     programs: dict[Any, Any]
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        return self._program(state)(state, self._placed(batch))
+        batch, program = self._placed(batch), self._program(state)
+        if jax.process_count() > 1:
+            program = self._met(program, state, batch)
+        return program(state, batch)
+
+    def _met(self, program: Any, state: TrainState, batch: Any) -> Any:
+        """What all processes have compiled, so that none waits at the first collective for another's compiler."""
+        shapes = (program, *(jax.typeof(leaf) for leaf in jax.tree.leaves(batch)))
+        if shapes not in self.programs:
+            self.programs[shapes] = program.lower(state, batch).compile()
+            devices.meet("the step is compiled")
+        return self.programs[shapes]
 
     def lower(self, state: TrainState, batch: Any) -> Any:
         return self._program(state).lower(state, self._placed(batch))
