@@ -14,12 +14,14 @@ from diffjax.networks.dit import DiT, stacked, unstacked
 from diffjax.networks.functional import Apply, architecture, attention_heads, count, functional
 from diffjax.networks.layers import label, tokens, vector
 from diffjax.networks.mlp import MLP
+from diffjax.networks.mmdit import MMDiT
 from diffjax.networks.unet import UNet
 
 __all__ = [
     "MLP",
     "Apply",
     "DiT",
+    "MMDiT",
     "UNet",
     "architecture",
     "attention_heads",
@@ -41,7 +43,7 @@ def build(description: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module:
     Raises:
         ValueError: the name is none of this library's networks.
     """
-    kinds = {"mlp": MLP, "unet": UNet, "dit": DiT, "published": pretrained.module}
+    kinds = {"mlp": MLP, "unet": UNet, "dit": DiT, "mmdit": MMDiT, "published": pretrained.module}
     name = description.get("name")
     if name not in kinds:
         raise ValueError(f"network name {name!r} is not known; known are {sorted(kinds)}")
