@@ -287,6 +287,18 @@ def test_cads():
     assert after > before + 0.1 and still > accurate - 0.06
 
 
+def test_noised_condition(x64):
+    """Mean and deviation of the condition at three levels, from the schedule; rescaled, those of the clean one."""
+    y = 2.0 + np.random.default_rng(7).normal(size=4000)
+    for share, g in ((0.5, 1.0), (0.65, 5 / 6), (0.75, 0.5), (0.95, 0.0)):
+        level = processes.flow().level(share)
+        noised = guidance.cads(Pair(y), jax.random.key(0), 0.3, 0.6, 0.9, mix=0.0).noised(level)
+        np.testing.assert_allclose(np.mean(noised), np.sqrt(g) * y.mean(), atol=4 * 0.3 / np.sqrt(4000))
+        np.testing.assert_allclose(np.std(noised), np.sqrt(g * y.var() + 0.09 * (1 - g)), rtol=4 / np.sqrt(2000))
+        back = guidance.cads(Pair(y), jax.random.key(0), 0.3, 0.6, 0.9).noised(level)
+        np.testing.assert_allclose([np.mean(back), np.std(back)], [y.mean(), y.std()], rtol=1e-10)
+
+
 @pytest.mark.paper("Noise-Level Diffusion Guidance: Well Begun is Half Done")
 def test_refined_noise(x64):
     """The class becomes more likely given the noise, the norm stays, and fewer samples miss the class."""
