@@ -15,6 +15,7 @@ def _apply(params, x, t, condition):
     return x * params["a"] * jnp.cos(t) + params["b"]
 
 
+@pytest.mark.slow
 def test_losses_that_learn_and_couple_are_the_same_on_a_mesh():
     """Three steps on 4 devices and on one: parameters and what the loss remembers."""
     options = _switches.switches("importance", "min-snr", "assigned", "perturbed", 0.0)

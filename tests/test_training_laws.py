@@ -46,7 +46,7 @@ def test_densities(name, x64):
 
 
 @pytest.mark.paper("Scaling Rectified Flow Transformers for High-Resolution Image Synthesis")
-@pytest.mark.parametrize("scale", [-1.0, -0.5, 0.0, 1.29, 1.75])
+@pytest.mark.parametrize("scale", [-1.0, 1.29, 1.75])
 def test_mode_law(scale, x64):
     """The quantile function of the paper, run from the noise; its density at the ends and in the middle."""
     t, slope = _quantile(training.mode(scale))

@@ -89,7 +89,7 @@ def test_classic_weights_are_those_of_the_targets(x64):
         np.testing.assert_allclose(weighting(level), prediction.weight(level), rtol=1e-10)
 
 
-@pytest.mark.parametrize("law", [training.uniform(), training.logit_normal(0.5, 1.5), training.cosmap()], ids=repr)
+@pytest.mark.parametrize("law", [training.uniform(), training.logit_normal(0.5, 1.5)], ids=repr)
 def test_bound_weightings_do_not_depend_on_the_law(law):
     """For Gaussian data 1/2 int w(lambda) E|eps - eps_hat|^2 d lambda has a closed integrand."""
     weighting = weightings.sigmoid(-0.5)
