@@ -1,14 +1,16 @@
 """Every method for inverse problems against the exact posterior: how far its samples are, how calibrated, at what cost.
 
-`python -m benchmarks.posterior [--quick] [--problems "A;B"] [--methods "A;B"] [--minutes M] [--page]`.  A finished cell
-(problem, noise, method) is kept in benchmarks/results/posterior.json and not run again; so the run may be cut off and
-continued.  ``--page`` only writes docs/posterior.md and its figure.
+`python -m benchmarks.posterior [--quick] [--problems "A;B"] [--methods "A;B"] [--minutes M] [--page | --rate]`.  A
+finished cell (problem, noise, method) is kept in benchmarks/results/posterior.json and not run again; so the run may be
+cut off and continued.  ``--page`` only writes docs/posterior.md and its figure, ``--rate``
+measures how errors fall with particles.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -86,6 +88,20 @@ def cell(name: str, problem: Problem, seed: int = 0) -> dict:
     return result | _lists(found)
 
 
+def rate(problem: Problem, seeds: int = 4, counts: tuple = (16, 64, 256, 1024)) -> dict:
+    """The error of TDS's log-evidence, with MMPS, by the number of particles: over problems and keys."""
+    assert problem.evidence is not None
+    errors = []
+    for count in counts:
+        run = methods.compiled("tds, mmps", problem.exact.shape[2:], problem.variance, False, count)
+        keys = jax.random.split(jax.random.key(count), seeds * len(problem.exact)).reshape(seeds, -1)
+        logs = [np.asarray(run(k, problem.prior, problem.seen, None).log_z, np.float64) for k in keys]
+        errors.append(np.stack(logs) - problem.evidence)
+    squares = [float(np.sqrt(np.mean(e**2))) for e in errors]
+    natural = [float(np.mean(np.exp(np.minimum(e, 50)))) for e in errors]
+    return {"particles": list(counts), "rms": np.round(squares, 4).tolist(), "mean": np.round(natural, 4).tolist()}
+
+
 def _lists(found: list[dict[str, float]]) -> dict[str, list[float]]:
     return {name: [round(float(one[name]), 4) for one in found] for name in found[0]}
 
@@ -97,7 +113,7 @@ def load() -> dict:
 
 def keep(results: dict) -> None:
     """Written beside and moved, so that a kill leaves the old or the new file."""
-    beside = RESULTS.with_suffix(".tmp")
+    beside = RESULTS.with_suffix(f".{os.getpid()}.tmp")
     beside.write_text(json.dumps(load() | results, indent=1, sort_keys=True) + "\n")
     beside.replace(RESULTS)
 
@@ -133,9 +149,16 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--methods", default="")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--page", action="store_true")
+    parser.add_argument("--rate", action="store_true")
     asked = parser.parse_args([] if arguments is None else arguments)
     names = lambda text: [part for part in text.split(";") if part]
-    results = load() if asked.page else run(asked.quick, names(asked.problems), names(asked.methods), asked.minutes)
+    if asked.rate:
+        keep({"mixture 8, 1 seen|low|rate": rate(problems(quick=True)["mixture 8, 1 seen"]("low"))})
+    results = (
+        load()
+        if asked.page or asked.rate
+        else run(asked.quick, names(asked.problems), names(asked.methods), asked.minutes)
+    )
     page.write(results)
     return {"cells": len(results)}
 

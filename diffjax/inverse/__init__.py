@@ -24,4 +24,4 @@ from diffjax.inverse.operators import (
 from diffjax.inverse.splitting import daps, pnp_dm
 from diffjax.inverse.steps import ddnm, ddrm, dps, flowchef, lanpaint, mcg
 from diffjax.inverse.twists import lgd, likelihood, mmps, noised, pigdm, tmpd
-from diffjax.inverse.variational import red_diff
+from diffjax.inverse.variational import adam, red_diff
