@@ -1,5 +1,20 @@
 """Sequential Monte Carlo over samplers: resampling, twists, the driver `steer`, weights of any drift to any target."""
 
+from diffjax.smc.branching import Chosen as Chosen
+from diffjax.smc.branching import best_of_n as best_of_n
+from diffjax.smc.branching import blockwise as blockwise
+from diffjax.smc.branching import scg as scg
+from diffjax.smc.branching import single as single
+from diffjax.smc.branching import svdd as svdd
+from diffjax.smc.composition import annealed_mcmc as annealed_mcmc
+from diffjax.smc.composition import composed as composed
+from diffjax.smc.composition import distillation_loss as distillation_loss
+from diffjax.smc.composition import energy_smc as energy_smc
+from diffjax.smc.mcmc import hmc as hmc
+from diffjax.smc.mcmc import mala as mala
+from diffjax.smc.mcmc import pcnl as pcnl
+from diffjax.smc.mcmc import uhmc as uhmc
+from diffjax.smc.mcmc import ula as ula
 from diffjax.smc.particles import lineage as lineage
 from diffjax.smc.rates import log_weight_rate as log_weight_rate
 from diffjax.smc.resampling import effective_size as effective_size
@@ -12,6 +27,11 @@ from diffjax.smc.resampling import ssp as ssp
 from diffjax.smc.resampling import stratified as stratified
 from diffjax.smc.resampling import systematic as systematic
 from diffjax.smc.resampling import transported as transported
+from diffjax.smc.rollover import rollover as rollover
+from diffjax.smc.rollover import twisted_start as twisted_start
+from diffjax.smc.search import path_search as path_search
+from diffjax.smc.search import random_search as random_search
+from diffjax.smc.search import zero_order_search as zero_order_search
 from diffjax.smc.steering import Steered as Steered
 from diffjax.smc.steering import steer as steer
 from diffjax.smc.targets import Target as Target
