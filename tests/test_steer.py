@@ -207,6 +207,18 @@ def test_potentials_have_one_target(potential, evidence):
     assert (plain.nfe == 4 * len(GRID)).all() and (plain.failed_at == -1).all() and (plain.collapsed_at == -1).all()
 
 
+def test_the_tilted_denoiser_is_the_default_proposal():
+    """As a proposal of its own it costs a call more and gives the same particles; by a measurement."""
+    seen = diffjax.inverse.measurement(diffjax.inverse.matrix(SLOPE[None]), np.array([SEEN]), NOISE)
+    twist = diffjax.inverse.pigdm(seen, 0.8)
+    options: Any = dict(particles=8, twist=twist, dtype=jnp.float64)
+    one = steer(KEYS[0], PRIOR, ANCESTRAL, GRID, (2,), **options)
+    guided = diffjax.guidance.tilted(PRIOR, twist)
+    other = steer(KEYS[0], PRIOR, ANCESTRAL, GRID, (2,), proposal=guided, **options)
+    assert other.nfe == 2 * one.nfe
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), one._replace(nfe=0), other._replace(nfe=0))
+
+
 def test_devices_make_no_difference():
     """Eight devices, resampled across: the particles, weights and ancestry of one."""
     mesh = jax.make_mesh((8,), ("particles",))

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from diffjax.guidance.tilted import twist_gradient
 from diffjax.levels import Array, Grid, Tree, all_finite, as_value
 from diffjax.samplers.sequential import prepare
 from diffjax.samplers.shared import integer, memoryless, select
 from diffjax.smc.branching import Chosen
 from diffjax.smc.mcmc import pcnl
 from diffjax.smc.particles import drawn
-from diffjax.smc.steering import gradient
 
 
 class Started(NamedTuple):
@@ -56,7 +56,7 @@ def twisted_start(
     level = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), grid.start)
 
     def tilt(x: Tree) -> tuple[Array, Tree]:
-        log_h, _, slope = gradient(twist, denoise, x, level)
+        log_h, _, slope = twist_gradient(denoise, twist, x, level)
         return log_h, slope
 
     def chain(key: Array) -> tuple[Tree, Array]:

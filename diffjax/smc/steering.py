@@ -20,6 +20,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
+from diffjax.guidance.tilted import twist_gradient
 from diffjax.levels import (
     CLEAN,
     Array,
@@ -158,8 +159,9 @@ def steer(
     plan = planned(denoise, solver, grid, None, None)
     _check(denoise, plan.solver, other, tilt, twist, resampler, potential)
     denoise, twist, other = as_value(denoise), as_value(twist), as_value(other)
-    if other is not None and hasattr(other, "check"):
-        other.check(plan.rows.t)
+    for part in (other, twist):
+        if hasattr(part, "check"):
+            part.check(plan.rows.t)
     prior_key, key = jax.random.split(key)
     keys = jax.vmap(lambda slot: jax.random.fold_in(prior_key, slot))(jnp.arange(particles))
     states = jax.vmap(lambda key, x: entered(key, plan, shape, x, dtype))(keys, x)
@@ -252,7 +254,7 @@ def look(models: Models, tilt: bool, x: Tree, level: Level, memory: Tree, propos
     elif not tilt:
         log_h, x0 = models.twist(plain, x, level)
     else:
-        log_h, x0, slope = gradient(models.twist, plain, x, level)
+        log_h, x0, slope = twist_gradient(plain, models.twist, x, level)
         # sigma^2 / alpha, and no tilt from alpha = 0, where the state says nothing
         weight = jnp.where(level.alpha == 0, 0.0, level.sigma**2 / jnp.where(level.alpha == 0, 1.0, level.alpha))
         tilted = lambda clean, g: (clean + models.scale * weight * g).astype(clean.dtype)
@@ -260,14 +262,6 @@ def look(models: Models, tilt: bool, x: Tree, level: Level, memory: Tree, propos
     if models.proposal is not None:
         proposed, proposal = called(models.proposal, x, level, proposal)
     return Seen(jnp.asarray(log_h, kind), x0, proposed), after, proposal
-
-
-def gradient(twist: Any, denoise: Any, x: Tree, level: Level) -> tuple[Array, Tree, Tree]:
-    """``(log_h, x0, grad_x log_h)``, the twist's own gradient where it prescribes one."""
-    if hasattr(twist, "gradient"):
-        return twist.gradient(denoise, x, level)
-    (log_h, x0), slope = jax.value_and_grad(lambda x: twist(denoise, x, level), has_aux=True)(x)
-    return log_h, x0, slope
 
 
 def _run(options: Options, models: Models, key: Array, x: Tree, rows: Row, threshold: Array) -> Steered:
@@ -313,7 +307,8 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
             paid = jnp.where(index == 0, seen.log_h, particles.paid + gain)
         else:
             paid = particles.paid + gain
-        cost = evaluations(models.denoise, level)
+        own = getattr(models.twist, "evaluations", None)
+        cost = evaluations(models.denoise, level) if own is None else jnp.asarray(own(models.denoise, level), jnp.int32)
         cost = cost if models.proposal is None else cost + evaluations(models.proposal, level)
         return particles._replace(paid=paid, potential=memory), seen, gain, cost
 
