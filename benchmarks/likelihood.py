@@ -75,6 +75,7 @@ def main(seconds: float = 40.0, batch: int = 32, chunk: int | None = None) -> di
     per_digit = {name: STEPS * STAGES * value / batch for name, value in found.items()}
     measured = {
         "network": f"digits U-Net, {count(params)} parameters, {SIZE} dimensions, batch {batch}",
+        "products at once": chunk or f"all {SIZE}",
         "milliseconds of a stage": {name: round(1e3 * value, 2) for name, value in found.items()},
         "denoiser calls of a stage": {name: round(value, 2) for name, value in calls.items()},
         "exact over 64 plain products": round(found["exact divergence"] / found["64 plain products"], 3),

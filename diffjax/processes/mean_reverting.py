@@ -170,4 +170,4 @@ def _over_sigma(schedule, time):
     """sigma' from sigma sigma', with its infinities where sigma = 0."""
     rate, sigma = schedule.variance_rate(time), schedule.sigma(time)
     xp, rate, sigma = arrays(rate, sigma)
-    return xp.where(sigma > 0, rate / xp.where(sigma > 0, sigma, 1.0), xp.sign(rate) * np.inf)
+    return xp.where(sigma > 0, rate / xp.where(sigma > 0, sigma, 1.0), xp.copysign(np.inf, rate))
