@@ -121,10 +121,10 @@ def _program(jaxpr: core.Jaxpr, bits: int) -> core.Jaxpr:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             factors = []
             for factor in equation.invars:
-                short = factor
-                if factor.aval.dtype == jnp.float32:
-                    rounding = _rounding(factor.aval.shape, bits).jaxpr.eqns[0]
-                    short = core.Var(factor.aval)
+                short, kind = factor, factor.aval
+                if getattr(kind, "dtype", None) == jnp.float32:
+                    rounding = _rounding(getattr(kind, "shape", ()), bits).jaxpr.eqns[0]
+                    short = core.Var(kind)
                     equations.append(rounding.replace(invars=[factor], outvars=[short]))
                 factors.append(short)
             equations.append(equation.replace(invars=factors))
