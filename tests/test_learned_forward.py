@@ -13,7 +13,6 @@ from scipy.stats import norm
 from diffjax import interpolants, likelihood, oracles, processes
 from diffjax.levels import value
 
-PAPER = pytest.mark.paper("Neural Flow Diffusion Models: Learnable Forward Process for Improved Diffusion Modelling")
 VP = processes.vp()
 DATA = oracles.mixture([0.35, 0.65], np.array([-1.0, 1.0]), np.array([0.05, 0.1]))
 MEAN, VARIANCE = 0.3, 0.35 * 0.05 + 0.65 * 0.1 + 1 - 0.3**2
@@ -58,7 +57,7 @@ class Sheared:
 # --- identities ---------------------------------------------------------------------------------------------------
 
 
-@PAPER
+@pytest.mark.paper("Neural Flow Diffusion Models: Learnable Forward Process for Improved Diffusion Modelling")
 @pytest.mark.parametrize("kind", ["affine", "general"])
 def test_the_conditional_law_satisfies_the_continuity_equation(kind, x64):
     """The jvp velocity moves the law whose score the inverse gives: d log q / dt + div f + f . s = 0."""
@@ -85,7 +84,7 @@ def test_the_conditional_law_satisfies_the_continuity_equation(kind, x64):
     np.testing.assert_allclose(velocity, (forward(eps, t + h, x) - forward(eps, t - h, x)) / (2 * h), atol=1e-8)
 
 
-@PAPER
+@pytest.mark.paper("Neural Flow Diffusion Models: Learnable Forward Process for Improved Diffusion Modelling")
 def test_without_a_bend_it_is_the_process_and_its_bound(x64):
     """Fields of the library's process; the bound's rate is -SNR' |x0 - D|^2 / 2."""
     forward = interpolants.affine_forward(VP, network, parameters(jax.random.key(0)))
@@ -111,7 +110,7 @@ def test_without_a_bend_it_is_the_process_and_its_bound(x64):
     np.testing.assert_allclose(found.total, found.prior + found.diffusion + found.reconstruction)
 
 
-@PAPER
+@pytest.mark.paper("Neural Flow Diffusion Models: Learnable Forward Process for Improved Diffusion Modelling")
 def test_estimates_of_the_bound_are_unbiased(x64):
     """The mean over keys of the diffusion part is the integral of the term by quadrature."""
     forward, x0 = interpolants.affine_forward(VP, network, parameters(jax.random.key(0), 0.2)), jnp.asarray(0.9)
@@ -121,7 +120,7 @@ def test_estimates_of_the_bound_are_unbiased(x64):
     assert abs(found.mean() - expected) < 4 * found.std() / np.sqrt(40000) and found.std() / np.sqrt(40000) < 0.02
 
 
-@PAPER
+@pytest.mark.paper("Neural Flow Diffusion Models: Learnable Forward Process for Improved Diffusion Modelling")
 def test_the_bend_is_the_acceleration_of_the_flow(x64):
     """Second differences along a finely integrated path; 0 for a single point and a straight process."""
     forward = interpolants.affine_forward(VP, network, parameters(jax.random.key(0), 0.3))
@@ -202,7 +201,7 @@ def entropy():
     return quad(lambda x: -law(x) * np.log(law(x)), -4, 4, limit=200)[0]
 
 
-@PAPER
+@pytest.mark.paper("Neural Flow Diffusion Models: Learnable Forward Process for Improved Diffusion Modelling")
 def test_a_learned_forward_process_has_the_lower_bound():
     """With affine denoisers the fixed process is a Gaussian model, whatever its training; the learned one is not."""
     fixed = quadrature(interpolants.affine_forward(VP, network, parameters(jax.random.key(0))), FIT)
@@ -221,7 +220,7 @@ def euler_error(forward, denoise, steps=4):
     return float(jnp.sqrt(jnp.mean((walk(steps, "euler") - walk(200, "rk4")) ** 2)))
 
 
-@PAPER
+@pytest.mark.paper("Neural Flow Diffusion Models: Learnable Forward Process for Improved Diffusion Modelling")
 def test_a_penalty_on_the_bend_lowers_the_error_of_few_steps():
     """By far, also below that of the fixed process with the exact denoiser, at a bound still below the fixed one's."""
     bent, straight = trained()

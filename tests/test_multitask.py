@@ -10,7 +10,6 @@ from diffjax import guidance, likelihood, networks, oracles, predictions, proces
 from diffjax.grids import times
 from diffjax.training.multitask import aggregation_share
 
-PAPER = pytest.mark.paper("Diffusion Models for Multi-Task Generative Modeling")
 # three classes, each a Gaussian of "images" in the plane; labels are encoded as vectors added to them
 WEIGHTS = np.array([0.5, 0.3, 0.2])
 CENTRES = np.array([[1.0, 0.0], [-0.6, 0.8], [-0.4, -0.9]])
@@ -44,7 +43,7 @@ def draw(key, count):
     return jnp.asarray(CENTRES)[label] + spread * jax.random.normal(noise, (count, 2)), label
 
 
-@PAPER
+@pytest.mark.paper("Diffusion Models for Multi-Task Generative Modeling")
 def test_aggregation_is_the_chain():
     """Means of the chain step by step; all in the first step is the plain process on the aggregate."""
     betas, weights = np.array([0.1, 0.3, 0.2, 0.6]), np.array([0.7, 0.4, 0.0, 0.2])
@@ -64,7 +63,7 @@ def test_aggregation_is_the_chain():
         training.multitask(predictions.noise(process), nothing, nothing, nothing, training.uniform(), ())
 
 
-@PAPER
+@pytest.mark.paper("Diffusion Models for Multi-Task Generative Modeling")
 def test_the_bound_is_the_likelihood_of_image_and_label(x64):
     """With the exact trunk and heads the multi-task bound is -log p(image, label), sample by sample."""
     process = processes.cosine()
@@ -87,7 +86,7 @@ def test_the_bound_is_the_likelihood_of_image_and_label(x64):
     assert np.all(np.abs(found.mean(1) + density + np.log(WEIGHTS[label])) < error)
 
 
-@PAPER
+@pytest.mark.paper("Diffusion Models for Multi-Task Generative Modeling")
 def test_joint_samples_agree_and_either_part_gives_the_other():
     """Exact trunk and heads: labels as frequent as they are, images of their label, and both conditionals."""
     process = processes.flow()
@@ -127,7 +126,7 @@ def test_joint_samples_agree_and_either_part_gives_the_other():
         assert abs(right.mean() - told[sure].mean()) < 4 * np.sqrt(0.25 / sure.sum())
 
 
-@PAPER
+@pytest.mark.paper("Diffusion Models for Multi-Task Generative Modeling")
 def test_a_trained_trunk_has_both_heads():
     """A small trunk with two heads: the multi-task loss teaches a latent whose samples are images of their labels."""
     from flax import nnx

@@ -9,7 +9,6 @@ from scipy.stats import multivariate_normal
 
 from diffjax import networks, nongaussian, training
 
-PAPER = pytest.mark.paper("Restoration based Generative Models")
 COVARIANCE = np.array([[1.0, 0.6, 0.2, 0.0], [0.6, 0.8, 0.3, 0.1], [0.2, 0.3, 1.2, 0.5], [0.0, 0.1, 0.5, 0.7]])
 AVERAGE = np.kron(np.eye(2), np.full((2, 2), 0.5))
 SEVERITIES = np.array([2.0, 1.0, 0.0])
@@ -35,7 +34,7 @@ def moments(severity):
     return gain, COVARIANCE - gain @ a @ COVARIANCE, total
 
 
-@PAPER
+@pytest.mark.paper("Restoration based Generative Models")
 def test_restorations_that_are_drawn_keep_the_law_and_means_do_not():
     """Averages and noise, then noise, then data: exact with the posterior, too little variance with its mean."""
     parts = {severity: moments(severity) for severity in (2, 1)}
@@ -60,7 +59,7 @@ def test_restorations_that_are_drawn_keep_the_law_and_means_do_not():
     assert np.trace(again) < 0.55 * np.trace(COVARIANCE)  # 0.506 of it
 
 
-@PAPER
+@pytest.mark.paper("Restoration based Generative Models")
 def test_fidelity_and_consistency(x64):
     """The fidelity is -log p(y | x) up to a constant; consistent restorations fit the measurement exactly."""
     rng = np.random.default_rng(1)
@@ -111,7 +110,7 @@ def corners(key, count):
     return jnp.asarray(CORNERS, jnp.float32)[index] + 0.1 * jax.random.normal(spread, (count, 2))
 
 
-@PAPER
+@pytest.mark.paper("Restoration based Generative Models")
 def test_two_levels_are_enough_with_a_prior_and_not_with_squares():
     """The same small network and scales, trained to fit and to be data, or to the mean: two restorations each."""
     apply, params = networks.functional(networks.MLP(4, width=48, depth=1, output=2, time_scale=10.0, rngs=nnx.Rngs(0)))
