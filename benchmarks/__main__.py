@@ -1,4 +1,4 @@
-"""Run every benchmark of this folder, discovered: `python -m benchmarks [name ...]`."""
+"""Run every benchmark of this folder, discovered: `python -m benchmarks [name ...]`; hours-long ones by name only."""
 
 import importlib
 import json
@@ -8,6 +8,7 @@ import sys
 import benchmarks
 
 HELPERS = {"timing", "problem", "__main__"}
+LONG = {"posterior", "restarts"}  # hours, or a run that is killed fifty times
 
 
 def names() -> list[str]:
@@ -17,5 +18,5 @@ def names() -> list[str]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or names():
+    for name in sys.argv[1:] or [name for name in names() if name not in LONG]:
         print(name, json.dumps(importlib.import_module(f"benchmarks.{name}").main(), indent=1), flush=True)
