@@ -6,6 +6,7 @@ that takes ``solver`` first a changed solver, and one that takes ``key`` first d
 closed form: `posterior`, `evidence`, `exact`.
 """
 
+from diffjax.inverse.conformal import Intervals, calibrated_quantiles, error_groups, hoeffding_bentkus, k_rcps, rcps
 from diffjax.inverse.estimates import diffpir, ilvr, null_space, replacement
 from diffjax.inverse.exact import evidence, exact, posterior
 from diffjax.inverse.images import blur, colourisation, downsample, fourier, gaussian_kernel, radon
