@@ -10,12 +10,11 @@ from scipy.stats import binom, norm
 from diffjax import inverse
 from diffjax.inverse.conformal import convex_margins
 
-PAPER = "How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control"
 ZEROS = np.zeros((9, 2))
 STDS = np.array([0.3, 0.3, 1.0, 3.0])
 
 
-@pytest.mark.paper(PAPER)
+@pytest.mark.paper("How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control")
 def test_the_bound_solves_both_inequalities():
     """Against roots of the p-values as the inequalities state them."""
     relative = lambda a, b: (a * np.log(a / b) if a else 0.0) + (1 - a) * np.log((1 - a) / (1 - b))
@@ -27,7 +26,7 @@ def test_the_bound_solves_both_inequalities():
     assert inverse.hoeffding_bentkus(1.0, 5, 0.1) == 1.0
 
 
-@pytest.mark.paper(PAPER)
+@pytest.mark.paper("How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control")
 def test_quantiles_hold_a_further_draw():
     """The coverage of the ranks is exactly 1 - 2 floor((m + 1) alpha / 2) / (m + 1)."""
     rng = np.random.default_rng(0)
@@ -44,7 +43,7 @@ def calibration(rng, runs, count):
     return np.full_like(truth, -0.1), np.full_like(truth, 0.1), truth
 
 
-@pytest.mark.paper(PAPER)
+@pytest.mark.paper("How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control")
 def test_risk_is_controlled_and_groups_are_shorter():
     """Over 48 calibrations the true risk is above eps at most as often as delta allows, and K margins are shorter."""
     rng, eps, delta = np.random.default_rng(1), 0.2, 0.2
@@ -66,7 +65,7 @@ def test_risk_is_controlled_and_groups_are_shorter():
     assert np.mean(gap) < -4 * np.std(gap) / np.sqrt(48)
 
 
-@pytest.mark.paper(PAPER)
+@pytest.mark.paper("How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control")
 def test_margins_are_the_least():
     """`rcps`: a little less breaks the bound. The convex problem: SciPy finds nothing shorter."""
     rng, eps, q = np.random.default_rng(2), 0.3, 0.5
