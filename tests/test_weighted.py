@@ -165,6 +165,18 @@ def test_controls_leave_more_particles_effective():
     assert spread[1] < 0.5 * spread[0], spread
 
 
+@pytest.mark.paper("DriftLite: Lightweight Drift Control for Inference-Time Scaling of Diffusion Models")
+def test_controls_know_that_the_reward_grows():
+    """A Gaussian with a quadratic reward whose strength grows: the perfect control is linear, and beta' r is in it."""
+    target = smc.tilted(GAUSSIAN, log_likelihood, lambda level: strength(level) ** 2)
+    exact = _exact((GAUSSIAN,), (1.0,), log_likelihood)
+    plain = float(np.var(_run(target, threshold=0.0).log_weights, axis=1).mean())
+    for control, share in ((smc.variance_controlled(("models", "reward")), 0.01), (smc.energy_controlled(), 0.1)):
+        found = _run(target, threshold=0.0, control=control)
+        assert float(np.var(found.log_weights, axis=1).mean()) < share * plain, (control, plain)
+        _agrees(found, exact, bias=0.02)
+
+
 def test_trees_and_devices():
     """A state of two leaves with a product of models; eight devices make no difference."""
     law = lambda x, level: {"a": FIRST(x["a"], level), "b": jax.vmap(lambda b: GAUSSIAN(b, level))(x["b"])}

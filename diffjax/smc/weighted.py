@@ -178,8 +178,8 @@ def _population(options, x, target, control, resampler, solver, key, rows, thres
 
         return jax.vmap(one)(x, look, noise)
 
-    def body(carry: Carry, indexed: tuple[Array, Row, Array, Array]) -> tuple[Carry, Choice]:
-        index, row, h, change = indexed
+    def body(carry: Carry, indexed: tuple[Array, Row, Array, Array, Array]) -> tuple[Carry, Choice]:
+        index, row, h, change, growth = indexed
         look = see(carry.x, row, index)
         rate = look.local.rate + look.gains @ carry.theta
         # the row before, by the trapezoidal rule; at the start what the target has beside the prior
@@ -189,7 +189,8 @@ def _population(options, x, target, control, resampler, solver, key, rows, thres
         weighted = gained(place, carry.weighted, gain)
         theta = carry.theta
         if control is not None:
-            everyone = place.everywhere((look.local.rate, look.gains, look.gram, look.values))
+            whole = look.local.rate + growth * look.local.reward  # the rate with beta' r, which the loop adds apart
+            everyone = place.everywhere((whole, look.gains, look.gram, look.values))
             theta = control.solve(normalised(weighted.log_weights), *everyone)
         (x, look), weighted, choice = resample(
             key, index, place, resampler, threshold, index % options.every == 0, weighted, (carry.x, look)
@@ -209,16 +210,18 @@ def _population(options, x, target, control, resampler, solver, key, rows, thres
     strength = jax.vmap(lambda level: jnp.asarray(target.strength(level), kind))
     betas = strength(jax.tree.map(jnp.asarray, rows.t))
     changes = jnp.diff(betas, prepend=0.0)
-    indices = jnp.arange(count, dtype=jnp.int32)
-    end, choices = jax.lax.scan(body, carry, (indices, rows, lengths, changes))
     last = jax.tree.map(lambda leaf: leaf[-1], rows)
+    final = strength(jax.tree.map(lambda leaf: leaf[None], jax.tree.map(jnp.asarray, last.s)))
     share = 1 - ((last.s.sigma / last.s.alpha) / (last.t.sigma / last.t.alpha)) ** 2
+    # rho^2 beta' over the row to come: what the change of beta is to a gain, divided by what rho^2 g is to it
+    spans = jnp.append(2 * lengths[1:], share)
+    growths = jnp.diff(betas, append=final) / jnp.where(spans > 0, spans, jnp.inf)
+    indices = jnp.arange(count, dtype=jnp.int32)
+    end, choices = jax.lax.scan(body, carry, (indices, rows, lengths, changes, growths))
     gain = share * end.before[0]
     if target.reward is not None:
         reward = jax.vmap(lambda x: target.reward(jax.tree.map(lambda leaf: leaf / last.s.alpha, x)))(end.x)
-        gain = gain + 0.5 * (strength(jax.tree.map(lambda leaf: leaf[None], last.s))[0] - betas[-1]) * (
-            end.before[1] + reward
-        )
+        gain = gain + 0.5 * (final[0] - betas[-1]) * (end.before[1] + reward)
     weighted = gained(place, end.weighted, gain)
     lost = jnp.max(weighted.log_weights) == -jnp.inf
     collapsed = jnp.where((weighted.collapsed_at < 0) & lost, count, weighted.collapsed_at)
