@@ -39,7 +39,7 @@ def twisted_start(
 ) -> Started:
     """Starts of `diffjax.steer` from ``N(0, sigma^2 I) h(x)``, by chains of `pcnl`; give it ``initial="twisted"``.
 
-    Each of the N chains begins at the prior and makes ``steps`` moves; the twist's gradient proposes.  ``steps + 1``
+    Each of the N chains begins at the prior and makes ``steps`` moves; the twist's gradient proposes.  ``2 steps``
     evaluations (and gradients) a chain.  It pays where the first clean estimate tells samples apart, as that of a
     few-step model does; that of an exact denoiser at pure noise is the data's mean, and nothing is gained.
 
