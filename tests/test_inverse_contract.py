@@ -32,7 +32,8 @@ EXTRA = {  # arguments without a default
     "lanpaint": {"inner": 2},
 }
 LAWS = {"evidence", "exact", "posterior"}  # tested against quadrature
-NOT_METHODS = {"measurement", "pseudo_inverse", *LAWS}
+DRIVERS = {"active", "d_flow", "enkg", "expectation_maximisation", "fit_gaussian", "mixed_observation", "thompson"}
+NOT_METHODS = {"measurement", "pseudo_inverse", *LAWS, *DRIVERS}  # drivers are of more than one sample or measurement
 
 
 @value

@@ -6,10 +6,13 @@ that takes ``solver`` first a changed solver, and one that takes ``key`` first d
 closed form: `posterior`, `evidence`, `exact`.
 """
 
+from diffjax.inverse.choices import active, mixed_observation, predicted_entropy, thompson
 from diffjax.inverse.conformal import Intervals, calibrated_quantiles, error_groups, hoeffding_bentkus, k_rcps, rcps
+from diffjax.inverse.ensemble import enkg, ensemble_update
 from diffjax.inverse.estimates import diffpir, ilvr, null_space, replacement
 from diffjax.inverse.exact import evidence, exact, posterior
 from diffjax.inverse.images import blur, colourisation, downsample, fourier, gaussian_kernel, radon
+from diffjax.inverse.learned_prior import expectation_maximisation, fit_gaussian
 from diffjax.inverse.measurement import Measurement, gaussian_noise, measurement, poisson_noise
 from diffjax.inverse.nonlinear import hdr, jpeg, nonlinear, phase_retrieval, saturation
 from diffjax.inverse.operators import (
@@ -22,6 +25,7 @@ from diffjax.inverse.operators import (
     matrix,
     pseudo_inverse,
 )
+from diffjax.inverse.source import d_flow
 from diffjax.inverse.splitting import daps, pnp_dm
 from diffjax.inverse.steps import ddnm, ddrm, dps, flowchef, lanpaint, mcg
 from diffjax.inverse.twists import lgd, likelihood, mmps, noised, pigdm, tmpd
