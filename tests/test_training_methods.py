@@ -449,6 +449,20 @@ def test_surgery_of_the_loss():
     assert near > 0.6 and far < near - 0.5, cosines
 
 
+def test_surgery_keeps_a_weight_that_divides_by_the_density_of_the_law(x64):
+    """The bound 1/2 int w(lambda) E|eps - eps_hat|^2 dlambda in closed form, over intervals of unequal width."""
+    weighting = training.weightings.on_bound(lambda log_snr: jnp.exp(-log_snr))
+    law = training.uniform(0.2, 0.8)
+    base = training.denoising(predictions.noise(FLOW), lambda p, x, t, c: 0 * x + p, law=law, weighting=weighting)
+    x0, edges = _drawn(30_000), [0.0, 0.1, 1.0]
+    value, slope = jax.value_and_grad(
+        lambda p: jnp.mean(training.surgery(base, edges, "sum")(p, jax.random.key(1), x0))
+    )(jnp.asarray(0.3))
+    # E[(0.3 - eps)^2] = 1.09; 1/2 int (sigma / alpha)^2 dlambda over [0.2, 0.8], lambda = 2 log(alpha / sigma)
+    weight = quad(lambda t: t / (1 - t) ** 3, 0.2, 0.8)[0]
+    np.testing.assert_allclose([value, slope], [1.09 * weight, 0.6 * weight], rtol=0.05)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

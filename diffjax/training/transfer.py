@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from diffjax.levels import Array, as_value, dot, static, value
-from diffjax.training.times import restricted
 
 
 def intervals(cost: np.ndarray, count: int) -> np.ndarray:
@@ -120,10 +119,12 @@ class Surgery:
 
         def one(item: tuple) -> tuple[PyTree, Array]:
             key, low, high, part = item
-            loss = dataclasses.replace(self.loss, law=restricted(self.loss.law, low, high))
+            items = self.loss.draw(key, *part)
+            # the level moves into the interval, the law stays: weights `on_bound` divide by its density
+            items = items._replace(u=low + (high - low) * items.u)
 
             def share(params: PyTree) -> tuple[Array, Array]:
-                losses = loss(params, key, *part)
+                losses = self.loss.each(params, items)
                 return (high - low) * jnp.mean(losses), losses
 
             return jax.grad(share, has_aux=True)(params)
