@@ -149,7 +149,8 @@ class Leading:
     channels: int
 
     def __call__(self, params: PyTree, x: Array, t: Time, condition: PyTree = None) -> Array:
-        return self.apply(params, x, t, condition)[..., : self.channels]
+        output: Any = self.apply(params, x, t, condition)
+        return output[..., : self.channels]
 
 
 def _filled(path: Any, config: dict[str, Any], dtype: Any) -> tuple[nnx.GraphDef, Params, Any]:

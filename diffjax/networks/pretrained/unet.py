@@ -248,9 +248,7 @@ class _Plan:
         sizes = [self.widths[max(level - 1, 0)], *[width] * (self.layers[level] - 1)]
         resamplers = []
         if level + 1 < len(self.widths):
-            by_resnet = kind.startswith("Resnet") or (
-                kind.startswith("Attn") and self.fields["downsample_type"] == "resnet"
-            )
+            by_resnet = self._by_resnet(kind, "downsample_type")
             padding = self.fields["downsample_padding"]
             resamplers = [
                 self.resnet(width, width, resample=blocks.halved)
@@ -266,9 +264,7 @@ class _Plan:
         sizes = [skip + (width if number else before) for number, skip in enumerate(skips)]
         resamplers = []
         if level > 0:
-            by_resnet = kind.startswith("Resnet") or (
-                kind.startswith("Attn") and self.fields["upsample_type"] == "resnet"
-            )
+            by_resnet = self._by_resnet(kind, "upsample_type")
             resamplers = [
                 self.resnet(width, width, resample=blocks.doubled)
                 if by_resnet
