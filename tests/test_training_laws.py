@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.stats import norm
 
@@ -206,6 +207,39 @@ def test_a_curriculum_trains_in_the_loop():
     keys = jax.random.split(jax.random.key(1), 30)
     memory, (_, stages) = jax.jit(lambda m: jax.lax.scan(body, m, keys))(loss.init(params))
     assert int(memory.step) == 30 and stages[-1] == 2 and np.all(np.diff(stages) >= 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("law", "accumulate"),
+    [
+        (training.curriculum(clusters=4, patience=2, decay=0.0), 1),
+        (training.importance(bins=4, history=2), 2),
+        (training.warped(), 1),
+    ],
+    ids=["curriculum", "importance", "warped"],
+)
+def test_what_is_learned_under_pmap_is_that_of_one_device(law, accumulate):
+    """Stages, rings and means are alike on all devices: they learn from the losses of the whole batch."""
+    loss = _losses(law, stratified=True)
+    pure = training.update(loss, optax.sgd(0.05), accumulate=accumulate)
+    spread = jax.pmap(
+        training.update(loss, optax.sgd(0.05), accumulate=accumulate, axis_name="data"),
+        axis_name="data",
+        devices=jax.devices()[:2],
+    )
+    one = training.init(jax.random.key(0), jnp.asarray(0.1), optax.sgd(0.05), loss=loss)
+    two, pure = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), one), jax.jit(pure)
+    for k in range(12):
+        x0 = jax.random.normal(jax.random.key(k), (16, 1))
+        one, _ = pure(one, (x0,))
+        two, _ = spread(two, (x0.reshape(2, 8, 1),))
+    for device in range(2):
+        jax.tree.map(
+            lambda a, b, device=device: np.testing.assert_allclose(a, b[device], rtol=2e-5, atol=1e-6),
+            (one.params, one.loss_state),
+            (two.params, two.loss_state),
+        )
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from diffjax.levels import Array, Level, Process, as_value, static, value
 from diffjax.likelihood.importance import SecondMoment, second_moment
+from diffjax.training.step import own_part, whole_batch
 from diffjax.training.times import Law, uniform
 
 
@@ -36,6 +37,11 @@ class Learning:
     """A loss with a memory: ``init(params) -> memory``, ``apply(params, memory, key, *batch) -> (losses, memory)``."""
 
     loss: Any
+    axis_name: str | None = static(default=None)
+
+    def over(self, axis_name: str) -> Learning:
+        """The same of a part of the batch, on an axis of `pmap`: everything is drawn, and learned from, as a whole."""
+        return dataclasses.replace(self, axis_name=axis_name)
 
     def init(self, params: PyTree = None) -> Memory:
         """The memory before the first step."""
@@ -47,14 +53,15 @@ class Learning:
         loss, law, learned = self.loss, self.loss.law, memory.law
         if hasattr(loss.weighting, "at"):
             loss = dataclasses.replace(loss, weighting=loss.weighting.at(memory.step))
-        items = loss.draw(key, *batch)
-        if not hasattr(law, "place"):
-            return loss.each(params, items), Memory(memory.step + 1, learned)
-        u, weights = law.place(learned, items.u)
-        items = items._replace(u=u)
-        losses = loss.each(params, items)
-        learned = law.update(learned, u, jax.lax.stop_gradient(losses))
-        return weights * losses, Memory(memory.step + 1, learned)
+        items, weights = loss.draw(key, *whole_batch(batch, self.axis_name)), None
+        if hasattr(law, "place"):
+            u, weights = law.place(learned, items.u)
+            items = items._replace(u=u)
+        losses = loss.each(params, own_part(items, self.axis_name))
+        if weights is None:
+            return losses, Memory(memory.step + 1, learned)
+        learned = law.update(learned, items.u, whole_batch(jax.lax.stop_gradient(losses), self.axis_name))
+        return own_part(weights, self.axis_name) * losses, Memory(memory.step + 1, learned)
 
 
 # --- in proportion to the losses --------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ A loss is a function `loss(params, key, *batch) -> (B,)`. It may have more:
 * `draw(key, *batch) -> items` and `each(params, items) -> losses`: all that is random, or that couples samples, is
   drawn at once, and the losses of any part of the items can be computed alone. Then the parts of an accumulated
   gradient, or of `pmap`, see the very noise of the undivided batch.
+* `over(axis_name) -> loss`, of one that remembers: the same on a part of the batch that `pmap` divides, given the key
+  of the whole; its memory afterwards is that of the whole batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -102,8 +104,8 @@ def update(
         accumulate: the batch goes through the network in so many parts, one after the other, and the gradient is
             that of the whole: up to rounding where the loss can `draw`, in law otherwise. A loss with a memory
             has seen the parts before when it comes to the next.
-        axis_name: the axis of `pmap` (or `shard_map`) that the batch is divided over. The memory of a loss is then
-            averaged: the memory of the whole batch wherever it is affine in means over the batch.
+        axis_name: the axis of `pmap` (or `shard_map`) that the batch is divided over. The memory of a loss without
+            `over` is then averaged: the memory of the whole batch wherever it is affine in means over the batch.
 
     Raises:
         ValueError: accumulate < 1; when called, a batch that does not divide into so many parts.
@@ -132,13 +134,15 @@ def _gradient(
 ) -> tuple[Float[Array, ""], PyTree, PyTree]:
     """The mean loss, the loss's memory after it, and the gradient of the mean."""
     remembers = hasattr(loss, "init")
+    alike = axis_name is not None and hasattr(loss, "over")
+    loss = loss.over(axis_name) if alike else loss
     drawn = hasattr(loss, "draw") and not remembers
     advance = getattr(loss, "advance", None) or getattr(loss, "apply", None)
     divided = accumulate > 1 or axis_name is not None
     if drawn and divided:
-        batch = loss.draw(key, *_gathered(batch, axis_name))
-        batch = _own(batch, axis_name)
-    elif axis_name is not None:
+        batch = loss.draw(key, *whole_batch(batch, axis_name))
+        batch = own_part(batch, axis_name)
+    elif axis_name is not None and not alike:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
     def mean(params: PyTree, memory: PyTree, key: PRNGKeyArray, part: Any) -> tuple[Float[Array, ""], PyTree]:
@@ -185,14 +189,14 @@ def _parts(batch: Any, count: int, index: int | None = None) -> Any:
     return jax.tree.map(split, batch)
 
 
-def _gathered(batch: Any, axis_name: str | None) -> Any:
+def whole_batch(batch: Any, axis_name: str | None) -> Any:
     """The batch of all devices of a `pmap`."""
     if axis_name is None:
         return batch
     return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis_name, tiled=True), batch)
 
 
-def _own(items: Any, axis_name: str | None) -> Any:
+def own_part(items: Any, axis_name: str | None) -> Any:
     """This device's part of what was drawn for all."""
     if axis_name is None:
         return items
