@@ -93,7 +93,8 @@ def test_em_learns_a_gaussian_prior_from_projections():
 
     last, samples = inverse.expectation_maximisation(jax.random.key(1), path[0], seen, count, draw, fit, rounds)
     assert samples.shape == (count, 2) and last is path[-1]
-    moments = [(p.mean, np.einsum("ij,j,kj->ik", p.vectors, p.variances, p.vectors)) for p in path]
+    vectors = [np.asarray(p.vectors) for p in path]
+    moments = [(p.mean, (v * p.variances) @ v.T) for p, v in zip(path, vectors, strict=True)]
     likelihoods = []
     for (mean, before), (new_mean, new) in itertools.pairwise(moments):
         expected_mean, expected, likelihood = exact_em(mean, before, rows, y)
