@@ -113,6 +113,27 @@ def test_thompson_draws_from_the_posterior_and_a_prior_that_knows_regrets_less()
     np.testing.assert_array_less(np.abs(np.mean(draws, axis=0) - after.mean), 4 * error + 0.02)
 
 
+@pytest.mark.paper("Thompson Sampling with Diffusion Generative Prior")
+def test_thompson_measures_the_mean_rewards():
+    """What a draw is told about the arms, replayed in float64: posterior means under N(0, I), without exploration."""
+    table, std = np.array([0.1, 0.05, 0.3]), 2.0
+
+    def draw(key, seen):
+        w = seen.operator.weights
+        return w * seen.y / (1 + w**2) + jnp.array([0.5, 0.3, 0.2]) / (1 + w**2)  # as N((0.5, 0.3, 0.2), I)
+
+    pull = lambda key, arm: jnp.asarray(table)[arm]
+    out = inverse.thompson(jax.random.key(0), draw, pull, 3, 8, std=std)
+    counts, arms = np.zeros(3), []
+    for _ in range(8):
+        precision = 1 + counts / std**2
+        arms.append(int(np.argmax(([0.5, 0.3, 0.2] + counts * table / std**2) / precision)))
+        counts[arms[-1]] += 1
+    assert out.arms.tolist() == arms
+    np.testing.assert_allclose(out.rewards, table[arms], rtol=1e-6)
+    assert len(set(arms)) > 1
+
+
 @pytest.mark.parametrize(
     "wrong, name",
     [
