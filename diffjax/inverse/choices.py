@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.corrections.transform import evaluations
+from diffjax.corrections.transform import check_within, condition_within, evaluations
 from diffjax.guidance.tilted import tilted
 from diffjax.inverse.measurement import measurement
 from diffjax.inverse.operators import diagonal
@@ -222,6 +222,8 @@ class MixedObservation:
     seen: Any
     variance: Any
     factory = "mixed_observation"
+    condition = property(condition_within)
+    check = check_within
 
     def __call__(self, x: Any, level: Any) -> Any:
         x0 = self.denoise(x, level)
