@@ -43,6 +43,10 @@ from diffjax.smc.targets import product as product
 from diffjax.smc.targets import target as target
 from diffjax.smc.targets import tilted as tilted
 from diffjax.smc.targets import variance_controlled as variance_controlled
+from diffjax.smc.tree import draw_leaves as draw_leaves
+from diffjax.smc.tree import grow_tree as grow_tree
+from diffjax.smc.tree import tree_sampling as tree_sampling
+from diffjax.smc.tree import tree_search as tree_search
 from diffjax.smc.twists import difference as difference
 from diffjax.smc.twists import maximum as maximum
 from diffjax.smc.twists import reward as reward
