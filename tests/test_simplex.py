@@ -151,3 +151,13 @@ def test_bad_arguments():
         nongaussian.simplex_points(PROCESS, np.array([[1.5]]))
     with pytest.raises(ValueError, match="times must decrease"):
         nongaussian.reverse_jacobi(jax.random.key(0), PROCESS, lambda v, t: v, np.array([1.0, 0.0]), (1,))
+
+
+def test_the_state_decides_the_type(x64):
+    """A float32 state beside tables made in float64: nothing that is made of it is float64."""
+    process, v = nongaussian.sticks(3), jnp.full(2, 0.3, jnp.float32)
+    for found in (process.drift(v), process.squared_diffusion(v), process.ratio(v, v, jnp.float32(0.5))):
+        assert found.dtype == jnp.float32
+    wide = process.ratio(v.astype(float), v.astype(float), 0.5)
+    assert wide.dtype == jnp.float64
+    np.testing.assert_allclose(process.ratio(v, v, jnp.float32(0.5)), wide, rtol=1e-4)

@@ -21,11 +21,15 @@ from diffjax.levels import Array, static, value
 NOISES = ("rademacher", "normal")
 
 
-def exact(chunk: int | None = None) -> Exact:
-    """The trace of the Jacobian by D Jacobian-vector products, batched: at once, or ``chunk`` at a time.
+def exact(chunk: int | None = 4) -> Exact:
+    """The trace of the Jacobian by D Jacobian-vector products, batched ``chunk`` at a time, or (None) all at once.
 
-    One evaluation and D products, which share it.  ``chunk`` bounds the memory: under `vmap` over B samples, B times
-    ``chunk`` tangents are held.
+    One evaluation and D products, which share it.  Under `vmap` over B samples, B times ``chunk`` tangents are held.
+
+    On a CPU that number decides the time, too: on the digits U-Net (D = 64) up to about 256 tangents stay in the cache
+    and cost what products one after the other cost, 1024 cost two to three times as much.  So all at once is the
+    fastest way for one sample and the slowest for a batch; the default is for batches of up to 64.  An accelerator
+    that is not filled by the batch wants more.
 
     Raises ValueError unless chunk is None or an integer of at least 1.
 

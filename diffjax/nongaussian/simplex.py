@@ -97,13 +97,20 @@ class Jacobi:
     def __repr__(self) -> str:
         return f"jacobi(order={len(self.centre)})"
 
+    def _constants(self, v: Array) -> tuple[Array, Array, Array]:
+        """a, b and s in the state's type: arrays of float64 beside a float32 state fail after `jax.enable_x64` ends."""
+        if not isinstance(v, jax.Array):
+            return self.a, self.b, self.speed
+        return tuple(jnp.asarray(part, v.dtype) for part in (self.a, self.b, self.speed))
+
     def drift(self, v: Array) -> Array:
         """f, forwards."""
-        return 0.5 * self.speed * (self.a * (1 - v) - self.b * v)
+        a, b, speed = self._constants(v)
+        return 0.5 * speed * (a * (1 - v) - b * v)
 
     def squared_diffusion(self, v: Array) -> Array:
         """g^2."""
-        return self.speed * v * (1 - v)
+        return self._constants(v)[2] * v * (1 - v)
 
     def mean(self, v0: Array, time: Array) -> Array:
         """E[v_t | v0]."""
@@ -132,7 +139,8 @@ class Jacobi:
         v, v0, _ = jnp.broadcast_arrays(v, v0, self.a)
         started = ~jnp.isnan(v0)
         n = jnp.arange(len(self.centre) + 1.0, dtype=v.dtype).reshape(-1, *(1,) * v.ndim)
-        decay = jnp.exp(-0.5 * self.speed * n * (n - 1 + self.a + self.b) * time)
+        a, b, speed = self._constants(v)
+        decay = jnp.exp(-0.5 * speed * n * (n - 1 + a + b) * time)
         both = self.polynomials(v) * self.polynomials(jnp.where(started, v0, 0.5))
         return jnp.where(started, jnp.sum(decay * both, axis=0), 1.0)
 
