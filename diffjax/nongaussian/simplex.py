@@ -101,7 +101,8 @@ class Jacobi:
         """a, b and s in the state's type: arrays of float64 beside a float32 state fail after `jax.enable_x64` ends."""
         if not isinstance(v, jax.Array):
             return self.a, self.b, self.speed
-        return tuple(jnp.asarray(part, v.dtype) for part in (self.a, self.b, self.speed))
+        a, b, speed = (jnp.asarray(part, v.dtype) for part in (self.a, self.b, self.speed))
+        return a, b, speed
 
     def drift(self, v: Array) -> Array:
         """f, forwards."""
