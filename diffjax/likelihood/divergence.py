@@ -26,10 +26,10 @@ def exact(chunk: int | None = 4) -> Exact:
 
     One evaluation and D products, which share it.  Under `vmap` over B samples, B times ``chunk`` tangents are held.
 
-    On a CPU that number decides the time, too: on the digits U-Net (D = 64) up to about 256 tangents stay in the cache
-    and cost what products one after the other cost, 1024 cost two to three times as much.  So all at once is the
-    fastest way for one sample and the slowest for a batch; the default is for batches of up to 64.  An accelerator
-    that is not filled by the batch wants more.
+    On a CPU that number decides the time, too.  On the digits U-Net (D = 64; least times on a busy machine) up to 256
+    tangents cost what products one after the other cost, 512 and more up to three times as much, presumably because
+    they leave the cache.  So all at once is for single samples; the default is for batches of up to 64.  Accelerators
+    were not measured; one that the batch does not fill should want more.
 
     Raises ValueError unless chunk is None or an integer of at least 1.
 
