@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax import diagnostics, grids, guidance, modifiers, oracles, processes, sample, solvers
+from diffjax import diagnostics, grids, guidance, oracles, processes, sample, solvers
+from diffjax.modifiers.reinjected import score_jump
 
 FLOW = processes.flow()
 PIXEL = oracles.mixture([0.5, 0.5], [-1.0, 1.0], [0.01, 0.01])  # of every pixel, independently
@@ -28,7 +29,7 @@ def broken(x, level):
 @pytest.fixture(scope="module")
 def drawn():
     grid = grids.uniform(FLOW, 50)
-    fixed = lambda solver: modifiers.reinjected(solver, low=1.8, high=4.0)
+    fixed = lambda solver: diagnostics.reinjected(solver, low=1.8, high=4.0)
     keys = jax.random.split(jax.random.key(0), 40)
 
     def run(denoise, solver):
@@ -67,16 +68,16 @@ def test_the_jump_is_a_robust_score():
     change = np.array([0.1, -0.2, 0.3, 0.4, -5.0])
     centre = np.median(np.abs(change))
     expected = (np.abs(change) - centre) / (1.4826 * np.median(np.abs(np.abs(change) - centre)))
-    np.testing.assert_allclose(modifiers.score_jump(jnp.asarray(change)), expected, rtol=1e-5)
-    np.testing.assert_array_equal(modifiers.score_jump(jnp.ones(4)), np.zeros(4))
+    np.testing.assert_allclose(score_jump(jnp.asarray(change)), expected, rtol=1e-5)
+    np.testing.assert_array_equal(score_jump(jnp.ones(4)), np.zeros(4))
     x = jax.random.normal(jax.random.key(0), (8, 8))
     grid = grids.uniform(FLOW, 6)
     run = lambda solver: sample(jax.random.key(1), broken, solver, grid, x=x).x
-    np.testing.assert_allclose(run(modifiers.reinjected(solvers.dpmpp(), np.inf)), run(solvers.dpmpp()), atol=1e-6)
+    np.testing.assert_allclose(run(diagnostics.reinjected(solvers.dpmpp(), np.inf)), run(solvers.dpmpp()), atol=1e-6)
     with pytest.raises(ValueError, match="threshold"):
-        modifiers.reinjected(solvers.ddim(), 0.0)
+        diagnostics.reinjected(solvers.ddim(), 0.0)
     with pytest.raises(ValueError, match="low"):
-        modifiers.reinjected(solvers.ddim(), low=1.0, high=0.0)
+        diagnostics.reinjected(solvers.ddim(), low=1.0, high=0.0)
     with pytest.raises(ValueError, match="save"):
         diagnostics.score_jumps(sample(jax.random.key(1), good, solvers.ddim(), grid, x=x).saved)
 

@@ -21,3 +21,4 @@ from diffjax.diagnostics.scores import deviation as deviation
 from diffjax.diagnostics.scores import explained_variance as explained_variance
 from diffjax.diagnostics.sensitivity import local_share as local_share
 from diffjax.diagnostics.sensitivity import sensitivity as sensitivity
+from diffjax.modifiers.reinjected import reinjected as reinjected
