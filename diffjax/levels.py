@@ -546,6 +546,9 @@ class Saved(NamedTuple):
     final: Array | None = None
 
 
+UNSAVED = Saved(None, None, None, None)
+
+
 class Sample(NamedTuple):
     """The result of every sampler, for one sample.
 

@@ -25,17 +25,12 @@ SEVERITIES = np.arange(len(NOISE) - 1.0, -1.0, -1.0)
 
 
 def fitted(loss: Callable, params: Tree, draw: Callable[[Array], tuple], steps: int, rate: float) -> Tree:
-    """The averaged parameters after ``steps`` of Adam on batches ``draw(key)``.
-
-    A Python loop: gradients of convolutions inside `lax.scan` are many times slower on CPUs.
-    """
+    """The averaged parameters after ``steps`` of Adam on batches ``draw(key)``."""
     optimiser = training.adam(rate, warmup=min(50, steps - 1), steps=steps)
-    update = training.update(loss, optimiser, training.ema.warmed(0.99))
-    step = jax.jit(lambda state, key: update(state, draw(key))[0], donate_argnums=0)
+    step = training.train_step(loss, optimiser, training.ema.warmed(0.99))
     state = training.init(jax.random.key(0), params, optimiser)
-    for key in jax.random.split(jax.random.key(1), steps):
-        state = step(state, key)
-    return state.ema
+    batches = map(jax.jit(draw), jax.random.split(jax.random.key(1), steps))
+    return training.fit(state, step, batches, steps=steps, progress=False).ema
 
 
 # --- images and labels in one latent --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffjax import diagnostics, grids, guidance, oracles, processes, sample, solvers
-from diffjax.modifiers.reinjected import score_jump
+from diffjax.diagnostics.reinjected import score_jump
 
 FLOW = processes.flow()
 PIXEL = oracles.mixture([0.5, 0.5], [-1.0, 1.0], [0.01, 0.01])  # of every pixel, independently

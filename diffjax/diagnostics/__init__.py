@@ -2,6 +2,9 @@
 
 ``saved = sample(..., save=("states", "x0")).saved`` has a path of states (N + 1, ...), with their levels, and one of
 clean estimates (N, ...), the denoising trajectory; a batch is `jax.vmap`.
+
+`reinjected` acts on what a diagnosis finds while sampling.  It changes the law that its solver samples and takes states
+of one array, so it is not among the modifiers.
 """
 
 from diffjax.diagnostics.artifacts import score_jumps as score_jumps
@@ -17,8 +20,8 @@ from diffjax.diagnostics.paths import chord_distance as chord_distance
 from diffjax.diagnostics.paths import curvature as curvature
 from diffjax.diagnostics.paths import path_dimension as path_dimension
 from diffjax.diagnostics.paths import path_spectrum as path_spectrum
+from diffjax.diagnostics.reinjected import reinjected as reinjected
 from diffjax.diagnostics.scores import deviation as deviation
 from diffjax.diagnostics.scores import explained_variance as explained_variance
 from diffjax.diagnostics.sensitivity import local_share as local_share
 from diffjax.diagnostics.sensitivity import sensitivity as sensitivity
-from diffjax.modifiers.reinjected import reinjected as reinjected

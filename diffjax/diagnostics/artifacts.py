@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from diffjax.diagnostics.reinjected import score_jump
 from diffjax.levels import Array, Saved
-from diffjax.modifiers.reinjected import score_jump
 
 
 def score_jumps(saved: Saved, low: Array = -2.0, high: Array = 3.0) -> Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.interpolants.interpolant import mix
-from diffjax.levels import Array, Level, Sample, Saved, Tree, all_finite, is_traced, root
+from diffjax.levels import UNSAVED, Array, Level, Sample, Tree, all_finite, is_traced, root
 from diffjax.samplers.sequential import normal_noise
 from diffjax.solvers.runge_kutta import TABLEAUS
 
@@ -160,7 +160,7 @@ def _walk(step: Callable, times: Array, x: Tree, stages: int, fields: int, save:
     count = times.shape[0] - 1
     start = (x, -jnp.ones((), jnp.int32))
     (end, failed_at), path = jax.lax.scan(body, start, (jnp.arange(count, dtype=jnp.int32), times[:-1], times[1:]))
-    saved = Saved(None, None, None, None)
+    saved = UNSAVED
     if save:
         states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), x, path)
         saved = saved._replace(states=states, states_level=Level(times, None, None, None))

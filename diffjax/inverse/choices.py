@@ -15,7 +15,8 @@ from diffjax.inverse.measurement import measurement
 from diffjax.inverse.operators import diagonal
 from diffjax.inverse.twists import mmps
 from diffjax.levels import Array, Grid, Solver, all_finite, as_value, value
-from diffjax.samplers.sequential import Counter, normal_noise, planned
+from diffjax.samplers.sequential import drawn_noise, planned
+from diffjax.samplers.shared import advance, take
 from diffjax.solvers.arguments import number
 
 
@@ -102,7 +103,7 @@ def active(
     acquire = np.zeros(count, bool)
     acquire[rising + (count - len(grid))] = True  # rows for starting up stand before the steps
     keys = jax.random.split(key, (particles, 2))
-    first = jax.tree.map(lambda leaf: leaf[0], rows.t)
+    first = take(rows.t, 0)
     x = jax.vmap(lambda k: grid.process.standard_prior(k, shape, dtype, first))(keys[:, 0])
 
     def known(weights: Array, y: Array) -> Any:
@@ -123,12 +124,9 @@ def active(
         guided = known(weights, y)
 
         def step(key: Array, x: Array, memory: Any) -> tuple:
-            counter = Counter(guided, None, jnp.zeros((), jnp.int32))
-            noise = normal_noise(key, index, x, solver.draws) if solver.draws else ()
-            x, memory, _ = solver.step(noise, counter, x, memory, row)
-            return x, memory, counter.nfe
+            return advance(guided, solver, drawn_noise(None, key, index, row, x, solver.draws), x, memory, row)
 
-        x, memory, spent = jax.vmap(step)(keys[:, 1], x, memory)
+        x, memory, _, spent = jax.vmap(step)(keys[:, 1], x, memory)
         failed = jnp.where((failed < 0) & ~all_finite(x), index, failed)
         nfe = nfe + jnp.sum(spent) + particles * now.astype(jnp.int32)
         return (x, memory, weights, y, failed, nfe), chosen

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from diffjax.inverse.measurement import Measurement
-from diffjax.inverse.splitting import _inner_grid
-from diffjax.levels import Array, Grid, Sample, Saved, Solver, all_finite, as_value
-from diffjax.samplers.sequential import Counter, Options, _run, normal_noise, planned
+from diffjax.inverse.splitting import inner_grid
+from diffjax.levels import UNSAVED, Array, Grid, Sample, Solver, all_finite, as_value
+from diffjax.samplers.sequential import Options, _run, drawn_noise, planned
+from diffjax.samplers.shared import advance, take
 from diffjax.solvers.arguments import number
 from diffjax.solvers.ddim import ddim
 
@@ -89,38 +91,31 @@ def enkg(
     solver, rows = plan.solver, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), plan.rows)
     count = rows.t.time.shape[0]
     starts = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], plan.rows.t) for i in range(count)]
-    plans = [planned(denoise, ddim(), _inner_grid(grid.process, start, steps), None, None) for start in starts]
+    plans = [planned(denoise, ddim(), inner_grid(grid.process, start, steps), None, None) for start in starts]
     inner = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves), dtype), *[p.rows for p in plans])
     options = Options((), 1, False, False, False)
     keys = jax.random.split(key, (particles, 2))
-    first = jax.tree.map(lambda leaf: leaf[0], rows.t)
+    first = take(rows.t, 0)
     x = jax.vmap(lambda k: grid.process.standard_prior(k, shape, dtype, first))(keys[:, 0])
-    y = _flat(measurement.observed(x[0]))
-    variance = _flat(measurement.variance(x[0]))
+    y = ravel_pytree(measurement.observed(x[0]))[0]
+    variance = ravel_pytree(measurement.variance(x[0]))[0]
 
     def body(carry: tuple, given: tuple) -> tuple:
         x, memory, failed, nfe = carry
         index, row, ahead = given
         ends = jax.vmap(lambda x: _run(key, x, denoise, plans[0].solver, ahead, None, options))(x)
-        predicted = jax.vmap(lambda x: _flat(measurement.operator(x)))(ends.x)
+        predicted = jax.vmap(lambda x: ravel_pytree(measurement.operator(x))[0])(ends.x)
         moved = ensemble_update(x.reshape(particles, -1), predicted, y, variance, step)
         x = moved.astype(x.dtype).reshape(x.shape)
 
         def one(key: Array, x: Array, memory: Any) -> tuple:
-            counter = Counter(denoise, None, jnp.zeros((), jnp.int32))
-            noise = normal_noise(key, index, x, solver.draws) if solver.draws else ()
-            x, memory, _ = solver.step(noise, counter, x, memory, row)
-            return x, memory, counter.nfe
+            return advance(denoise, solver, drawn_noise(None, key, index, row, x, solver.draws), x, memory, row)
 
-        x, memory, spent = jax.vmap(one)(keys[:, 1], x, memory)
+        x, memory, _, spent = jax.vmap(one)(keys[:, 1], x, memory)
         failed = jnp.where((failed < 0) & ~all_finite(x), index, failed)
         return (x, memory, failed, nfe + jnp.sum(spent) + jnp.sum(ends.nfe)), None
 
     zero = jnp.zeros((), jnp.int32)
     given = jnp.arange(count, dtype=jnp.int32), rows, inner
     (x, _, failed, nfe), _ = jax.lax.scan(body, (x, jax.vmap(solver.init)(x), zero - 1, zero), given)
-    return Sample(x, nfe, jnp.asarray(count * (solver.calls + steps), jnp.int32), failed, Saved(None, None, None, None))
-
-
-def _flat(tree: Any) -> Array:
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    return Sample(x, nfe, jnp.asarray(count * (solver.calls + steps), jnp.int32), failed, UNSAVED)

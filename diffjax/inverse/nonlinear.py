@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.inverse.operators import Shapes, shapes, shapes_of
-from diffjax.levels import Array, Tree, as_value, is_traced, static, value
+from diffjax.levels import Array, Tree, as_value, static, value
+from diffjax.solvers.arguments import positive
 
 
 def nonlinear(function: Callable[[Tree], Tree], shape: Any) -> Nonlinear:
@@ -72,7 +73,7 @@ def hdr(shape: Any, factor: Array = 2.0) -> Nonlinear:
 
     Raises ValueError unless factor > 0.
     """
-    _positive("factor", factor)
+    positive("factor", factor)
     return nonlinear(HDR(factor), shape)
 
 
@@ -89,7 +90,7 @@ def saturation(shape: Any, gain: Array = 1.0) -> Nonlinear:
 
     Raises ValueError unless gain > 0.
     """
-    _positive("gain", gain)
+    positive("gain", gain)
     return nonlinear(Saturation(gain), shape)
 
 
@@ -109,7 +110,7 @@ def jpeg(shape: tuple[int, ...], step: Array = 0.2, block: int = 8) -> Nonlinear
 
     Raises ValueError unless step > 0 and block divides the first two axes.
     """
-    _positive("step", step)
+    positive("step", step)
     if len(shape) < 2 or block < 1 or any(n % block for n in shape[:2]):
         raise ValueError(f"block must divide the first two axes of {shape}, got {block!r}.")
     return nonlinear(JPEG(step, block), shape)
@@ -132,8 +133,3 @@ class JPEG:
         rounded = steps * jnp.round(coefficients / steps)
         passed = coefficients + jax.lax.stop_gradient(rounded - coefficients)
         return jnp.einsum("ki,akblc,lj->aibjc", basis, passed, basis).reshape(x.shape).astype(x.dtype)
-
-
-def _positive(name: str, number: Array) -> None:
-    if not is_traced(number) and not np.all(np.asarray(number) > 0):
-        raise ValueError(f"{name} must be above 0, got {number!r}.")

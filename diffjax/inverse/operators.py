@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from diffjax.levels import Array, Tree, as_value, is_shape, is_traced, static, value
 
@@ -279,7 +280,7 @@ def as_matrix(operator: Any, dtype: Any = None) -> Array:
         ends = np.cumsum([0, *(math.prod(size) for size in given.sizes)])
         parts = [flat[a:b].reshape(size) for a, b, size in zip(ends, ends[1:], given.sizes, strict=False)]
         out = apply(jax.tree.unflatten(given.structure, parts))
-        return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(out)])
+        return ravel_pytree(out)[0]
 
     def build(dtype: Any) -> Array:
         if outside.entries < inside.entries:  # rows by the adjoint

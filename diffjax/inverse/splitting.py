@@ -16,13 +16,24 @@ import numpy as np
 from diffjax.grids.times import times
 from diffjax.inverse.measurement import GaussianNoise, Measurement
 from diffjax.inverse.systems import normal_like, proximal
-from diffjax.levels import Array, Grid, Level, Process, Row, Sample, Saved, Solver, Tree, all_finite, as_value, dot
+from diffjax.levels import (
+    UNSAVED,
+    Array,
+    Grid,
+    Level,
+    Process,
+    Row,
+    Sample,
+    Solver,
+    Tree,
+    all_finite,
+    as_value,
+    dot,
+)
 from diffjax.samplers.sequential import Options, _run, planned
 from diffjax.solvers.arguments import number
 from diffjax.solvers.ddim import ddim
 from diffjax.solvers.stochastic_adams import sde_dpmpp
-
-_UNSAVED = Saved(None, None, None, None)
 
 
 def pnp_dm(
@@ -64,7 +75,7 @@ def pnp_dm(
     solver = sde_dpmpp() if solver is None else solver
     stds = np.atleast_1d(np.asarray(stds, np.float64))
     starts = [_level_at(process, std) for std in stds]
-    grids = [_inner_grid(process, start, steps) for start in starts]
+    grids = [inner_grid(process, start, steps) for start in starts]
     return _alternate(key, denoise, measurement, solver, grids, shape, stds, langevin, rate, dtype, renoise=False)
 
 
@@ -106,7 +117,7 @@ def daps(
     if alpha.ndim != 1 or not np.all(alpha > 0):
         raise ValueError(f"grid must have one level a step, at alpha > 0, got alpha={grid.t.alpha!r}.")
     starts = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], grid.t) for i in range(len(grid))]
-    grids = [_inner_grid(grid.process, start, steps) for start in starts]
+    grids = [inner_grid(grid.process, start, steps) for start in starts]
     stds = spread * sigma / alpha
     return _alternate(key, denoise, measurement, solver, grids, shape, stds, langevin, rate, dtype, renoise=True)
 
@@ -216,7 +227,7 @@ def _alternate(
     given = jnp.arange(len(grids), dtype=jnp.int32), keys, rows, stds, later
     (_, nfe, failed), results = jax.lax.scan(body, (x, zero, zero - 1), given)
     result = jax.tree.map(lambda leaf: leaf[-1], results)
-    return Sample(result, nfe, nfe, failed, _UNSAVED)
+    return Sample(result, nfe, nfe, failed, UNSAVED)
 
 
 def _level_at(process: Process, std: float) -> Level:
@@ -226,7 +237,7 @@ def _level_at(process: Process, std: float) -> Level:
     return process.level(half_log_snr=np.asarray(-np.log(std)))
 
 
-def _inner_grid(process: Process, start: Level, steps: int) -> Grid:
+def inner_grid(process: Process, start: Level, steps: int) -> Grid:
     """From a level to 0: half-log-SNRs evenly spaced to a hundredth of the noise, and then the data."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps!r}.")

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import erf, erfinv
 
-from diffjax.levels import Array, is_traced
+from diffjax.levels import Array
+from diffjax.solvers.arguments import positive
 
 
 def bits_per_dim(log_probability: Array, size: int, width: Array = 1.0) -> Array:
@@ -35,7 +34,7 @@ def bits_per_dim(log_probability: Array, size: int, width: Array = 1.0) -> Array
     """
     if not size >= 1:
         raise ValueError(f"size must be at least 1, got {size!r}.")
-    _positive("width", width)
+    positive("width", width)
     return -(log_probability / size + jnp.log(width)) / math.log(2)
 
 
@@ -56,12 +55,12 @@ def dequantised(
 
     Raises ValueError unless width > 0 and std > 0.
     """
-    _positive("width", width)
+    positive("width", width)
     u = jax.random.uniform(key, jnp.shape(codes), jnp.result_type(float))
     if std is None:
         inside, log_q = u, jnp.zeros_like(u)
     else:
-        _positive("std", std)
+        positive("std", std)
         share = jnp.asarray(std) / width
         # the standard normal law between -+ 1 / (2 share), of mass erf(1 / (2 sqrt 2 share))
         mass = erf(1 / (2 * math.sqrt(2) * share))
@@ -99,8 +98,3 @@ def discrete_log_probability(
         return log_density(x) - log_q
 
     return jax.nn.logsumexp(jax.lax.map(one, jax.random.split(key, draws))) - math.log(draws)
-
-
-def _positive(name: str, number: Any) -> None:
-    if not is_traced(number) and not np.all(np.asarray(number) > 0):
-        raise ValueError(f"{name} must be above 0, got {number!r}.")

@@ -1,7 +1,4 @@
-"""Modifiers: solver -> solver.
-
-What is listed here keeps the law that its solver samples, on any tree: `diffjax.diagnostics.reinjected` does neither.
-"""
+"""Modifiers: solver -> solver."""
 
 from diffjax.modifiers.doubling import doubled
 from diffjax.modifiers.gaps import churned, renoised

@@ -147,21 +147,16 @@ class DiT(nnx.Module):
         perturb: Float[Array, "layers ..."] | None = None,
         features: bool = False,
     ) -> Any:
-        if x.shape != self.shape:
-            raise ValueError(
-                f"x must be one image of shape {self.shape} (batches go through jax.vmap), got shape {x.shape}"
-            )
+        layers.one_image(x, self.shape)
         embedding, sequences = self.embed(jnp.asarray(t), condition)
-        height, width, patch = x.shape[0] // self.patch, x.shape[1] // self.patch, self.patch
-        split = x.astype(self.dtype).reshape(height, patch, width, patch, -1)
-        h = self.stem(split.transpose(0, 2, 1, 3, 4).reshape(height * width, -1))
+        h = self.stem(patches(x.astype(self.dtype), self.patch))
+        height, width = (side // self.patch for side in x.shape[:2])
         h = h + positions(height, width, self.width).astype(h.dtype)
         rows = attention_rows(perturb, (self.depth, self.heads))
         h, hidden = self.through(h, embedding, sequences, rows, features)
         shift, scale = jnp.split(self.modulate(embedding), 2)
         h = self.out(layers.layer_norm(h) * (1 + scale) + shift).astype(jnp.float32)
-        split = h.reshape(height, width, patch, patch, self.output).transpose(0, 2, 1, 3, 4)
-        output = split.reshape(height * patch, width * patch, self.output)
+        output = joined(h, (*x.shape[:2], self.output), self.patch)
         return (output, hidden) if features else output
 
     def through(
@@ -207,6 +202,20 @@ def unstacked(params: dict[str, Any]) -> dict[str, Any]:
     leaves, tree = jax.tree.flatten(params["blocks"])
     blocks = {str(i): tree.unflatten([leaf[i] for leaf in leaves]) for i in range(leaves[0].shape[0])}
     return params | {"blocks": blocks}
+
+
+def patches(x: Float[Array, "h w c"], patch: int) -> Float[Array, "n d"]:
+    """The square patches of an image, row by row, each as one vector."""
+    height, width = x.shape[0] // patch, x.shape[1] // patch
+    split = x.reshape(height, patch, width, patch, -1)
+    return split.transpose(0, 2, 1, 3, 4).reshape(height * width, -1)
+
+
+def joined(h: Float[Array, "n d"], shape: tuple[int, ...], patch: int) -> Float[Array, "h w c"]:
+    """The image of ``shape`` that has these patches: the inverse of `patches`."""
+    height, width = shape[0] // patch, shape[1] // patch
+    split = h.reshape(height, width, patch, patch, shape[2])
+    return split.transpose(0, 2, 1, 3, 4).reshape(shape)
 
 
 def positions(height: int, width: int, size: int) -> Float[Array, "{height}*{width} {size}"]:

@@ -78,6 +78,12 @@ def divides(name: str, part: int, whole_name: str, whole: int) -> None:
         raise ValueError(f"{name}={part} must divide {whole_name}={whole}")
 
 
+def one_image(x: Array, shape: tuple[int, ...]) -> None:
+    """ValueError unless `x` has the `shape` of one image."""
+    if x.shape != shape:
+        raise ValueError(f"x must be one image of shape {shape} (batches go through jax.vmap), got shape {x.shape}")
+
+
 def conditions(spec: Any) -> tuple[Condition, ...]:
     """None, one `Condition` or a sequence of them (or of pairs, from JSON) as a tuple."""
     if spec is None:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from numpy.typing import DTypeLike
 
 from diffjax.networks import layers
-from diffjax.networks.dit import positions
+from diffjax.networks.dit import joined, patches, positions
 from diffjax.networks.functional import Time, described
 
 
@@ -163,19 +163,14 @@ class MMDiT(nnx.Module):
         self.out = nnx.Linear(width, patch * patch * self.output, **(options | layers.ZERO))
 
     def __call__(self, x: Float[Array, "..."], t: Time, condition: Any = None) -> Float[Array, "h w out"]:
-        if x.shape != self.shape:
-            raise ValueError(
-                f"x must be one image of shape {self.shape} (batches go through jax.vmap), got shape {x.shape}"
-            )
+        layers.one_image(x, self.shape)
         embedding, (sequence,) = self.embed(jnp.asarray(t), condition)
-        height, width, patch = x.shape[0] // self.patch, x.shape[1] // self.patch, self.patch
-        split = x.astype(self.dtype).reshape(height, patch, width, patch, -1)
-        h = self.stem(split.transpose(0, 2, 1, 3, 4).reshape(height * width, -1))
+        h = self.stem(patches(x.astype(self.dtype), self.patch))
+        height, width = (side // self.patch for side in x.shape[:2])
         h = h + positions(height, width, self.width).astype(h.dtype)
         text = self.text(sequence.astype(self.dtype))
         for block in self.blocks:
             h, text = block(h, text, embedding)
         shift, scale = jnp.split(self.modulate(embedding), 2)
         h = self.out(layers.layer_norm(h) * (1 + scale) + shift).astype(jnp.float32)
-        split = h.reshape(height, width, patch, patch, self.output).transpose(0, 2, 1, 3, 4)
-        return split.reshape(height * patch, width * patch, self.output)
+        return joined(h, (*x.shape[:2], self.output), self.patch)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
-from diffjax.levels import Array, Sample, Saved, Tree, all_finite, is_traced
+from diffjax.levels import UNSAVED, Array, Sample, Tree, all_finite, is_traced
 
 
 def restored(
@@ -69,7 +69,7 @@ def restored(
     rows = jnp.arange(count, dtype=jnp.int32), severities[:-1], severities[1:]
     (x, failed_at), _ = jax.lax.scan(body, (x, jnp.full((), -1, jnp.int32)), rows)
     calls = jnp.asarray(count, jnp.int32)
-    return Sample(x, calls, calls, failed_at, Saved(None, None, None, None))
+    return Sample(x, calls, calls, failed_at, UNSAVED)
 
 
 def smooth_field(key: Array, shape: tuple[int, int], knots: int = 4, size: Array = 1.0, dtype: Any = None) -> Array:

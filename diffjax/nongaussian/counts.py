@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.levels import Array, Sample, Saved, is_traced, static, value
+from diffjax.levels import UNSAVED, Array, Sample, is_traced, static, value
 
 BIRTHS = ("binomial", "poisson")
 
@@ -245,4 +245,4 @@ def _walk(key: Array, step: Callable, shares: Array, shape: tuple[int, ...], dty
     start = jnp.zeros(shape, dtype), jnp.full((), -1, jnp.int32)
     (x, failed_at), _ = jax.lax.scan(body, start, (jnp.arange(count, dtype=jnp.int32), shares[:-1], shares[1:]))
     calls = jnp.asarray(count, jnp.int32)
-    return Sample(x, calls, calls, failed_at, Saved(None, None, None, None))
+    return Sample(x, calls, calls, failed_at, UNSAVED)

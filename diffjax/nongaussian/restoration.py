@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.levels import Array, Sample, Saved, Tree, all_finite, as_value, is_traced, value
+from diffjax.levels import UNSAVED, Array, Sample, Tree, all_finite, as_value, is_traced, value
 from diffjax.samplers.sequential import normal_noise
 
 
@@ -127,7 +127,7 @@ def regenerated(
     rows = jnp.arange(count, dtype=jnp.int32), severities[:-1], severities[1:]
     (x, failed_at), _ = jax.lax.scan(body, (x, jnp.full((), -1, jnp.int32)), rows)
     calls = jnp.asarray(count, jnp.int32)
-    return Sample(x, calls, calls, failed_at, Saved(None, None, None, None))
+    return Sample(x, calls, calls, failed_at, UNSAVED)
 
 
 def energy_prior(made: Array, real: Array) -> Array:

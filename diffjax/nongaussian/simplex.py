@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.levels import Array, Sample, Saved, is_traced, value
+from diffjax.levels import UNSAVED, Array, Sample, is_traced, value
 
 
 def jacobi(a: Array, b: Array, speed: Array | None = None, order: int = 64) -> Jacobi:
@@ -251,7 +251,7 @@ def reverse_jacobi(
     count = len(times) - 1
     (v, failed_at), _ = jax.lax.scan(body, start, (jnp.arange(count, dtype=jnp.int32), times[:-1], times[1:]))
     calls = jnp.asarray(count, jnp.int32)
-    return Sample(v, calls, calls, failed_at, Saved(None, None, None, None))
+    return Sample(v, calls, calls, failed_at, UNSAVED)
 
 
 def _recurrence(a: Array, b: Array, order: int) -> tuple[Array, Array]:

@@ -20,13 +20,13 @@ import numpy as np
 
 from diffjax.levels import (
     CLEAN,
+    UNSAVED,
     Array,
     Grid,
     Level,
     Process,
     Row,
     Sample,
-    Saved,
     Solver,
     Tree,
     all_finite,
@@ -194,7 +194,7 @@ def _run(key, x, denoise, solver, process, ends, control, noise, options) -> Sam
         counter = Counter(denoise, end.memory, nfe)
         result = counter(result, last)
         nfe, rounds = counter.nfe, rounds + 1
-    nothing = Saved(None, None, None, None)
+    nothing = UNSAVED
     return Sample(result, nfe, rounds, failed_at, nothing, end.accepted, end.rejected)
 
 

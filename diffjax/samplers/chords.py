@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.levels import CLEAN, Array, Grid, Row, Sample, Saved, Solver, Tree, all_finite, as_value
+from diffjax.levels import CLEAN, UNSAVED, Array, Grid, Row, Sample, Saved, Solver, Tree, all_finite, as_value
 from diffjax.samplers.sequential import _first_step, left, prepare
 from diffjax.samplers.shared import (
     advance,
@@ -266,7 +266,7 @@ def _run(
     end = jax.lax.while_loop(lambda carry: carry.chosen < 0, body, carry)
 
     last = jax.tree.map(lambda leaf: leaf[-1], rows.s)
-    saved = Saved(None, None, None, None)
+    saved = UNSAVED
     if options.states:
         levels = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (cores + 1, *leaf.shape)), last)
         saved = Saved(end.outputs, levels, None, None)

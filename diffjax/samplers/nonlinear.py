@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.levels import SDE, Array, Level, Sample, Saved, Tree, all_finite, is_traced, namespace, root
+from diffjax.levels import SDE, UNSAVED, Array, Level, Sample, Tree, all_finite, is_traced, namespace, root
 
 
 def restore(sde: SDE, score: Callable[[Tree, Array], Tree], x: Tree, t: Array, r: Array) -> Tree:
@@ -96,7 +96,7 @@ def nonlinear(
     start = (x, -jnp.ones((), jnp.int32))
     (end, failed_at), path = jax.lax.scan(body, start, (jnp.arange(count, dtype=jnp.int32), times[:-1], times[1:]))
     calls = jnp.asarray(count, jnp.int32)
-    saved = Saved(None, None, None, None)
+    saved = UNSAVED
     if save:
         states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), x, path)
         saved = saved._replace(states=states, states_level=Level(times, None, None, None))

@@ -18,11 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.levels import CLEAN, Array, Grid, Level, Row, Sample, Solver, Tree, all_finite, as_value, namespace
+from diffjax.levels import (
+    CLEAN,
+    UNSAVED,
+    Array,
+    Grid,
+    Level,
+    Row,
+    Sample,
+    Solver,
+    Tree,
+    all_finite,
+    as_value,
+    namespace,
+)
 from diffjax.noises import Stored
 from diffjax.samplers.sequential import _first_step, drawn_noise, left, prepare
 from diffjax.samplers.shared import (
-    UNSAVED,
     advance,
     cast,
     change,

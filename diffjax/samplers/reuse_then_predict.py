@@ -15,9 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.levels import CLEAN, Array, Grid, Level, Row, Sample, Solver, Tree, all_finite, as_value, is_traced
+from diffjax.levels import (
+    CLEAN,
+    UNSAVED,
+    Array,
+    Grid,
+    Level,
+    Row,
+    Sample,
+    Solver,
+    Tree,
+    all_finite,
+    as_value,
+    is_traced,
+)
 from diffjax.samplers.sequential import drawn_noise, left, prepare
-from diffjax.samplers.shared import UNSAVED, call, finished, inline, integer, memoryless, select, take
+from diffjax.samplers.shared import call, finished, inline, integer, memoryless, select, take
 
 READINGS = ("noise", "data")
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
@@ -21,7 +20,7 @@ from diffjax.samplers import anderson
 from diffjax.samplers.damping import damped
 from diffjax.samplers.flat import Flat
 from diffjax.samplers.guesses import entering
-from diffjax.samplers.sequential import drawn_noise, normal_noise
+from diffjax.samplers.sequential import drawn_noise, normal_noise, size
 from diffjax.samplers.window import fixed_linear_part, solve, sweep
 
 SCALES = ("state", "noise")
@@ -233,7 +232,7 @@ def draws(values: Values, flat: Flat, key: Array) -> Callable[[Array], tuple[Arr
 def drawn(values: Values, flat: Flat, key: Array) -> Callable[[Array], tuple[Array, ...]]:
     """`draws`, made once for all rows where they are few enough: the same numbers, and none drawn again in a round."""
     draw, count = draws(values, flat, key), values.rows.t.time.shape[0]
-    if count * values.solver.draws * sum(np.size(leaf) for leaf in jax.tree.leaves(values.x)) > _EARLY:
+    if count * values.solver.draws * size(values.x) > _EARLY:
         return draw
     all_draws = draw(jnp.arange(count, dtype=jnp.int32))
     return lambda index: jax.tree.map(lambda leaf: leaf[index], all_draws)

@@ -280,7 +280,7 @@ def _run(key: Array, x: Tree, denoise: Any, solver: Solver, rows: Row, noise: An
     )
 
     indices = jnp.arange(count, dtype=jnp.int32)
-    early = solver.draws and noise is None and count * solver.draws * _size(x) <= _EARLY
+    early = solver.draws and noise is None and count * solver.draws * size(x) <= _EARLY
     drawn = jax.vmap(lambda index: normal_noise(key, index, x, solver.draws))(indices) if early else None
 
     def body(carry: Carry, indexed: tuple[Array, Row, Tree]) -> tuple[Carry, None]:
@@ -331,7 +331,8 @@ def _saved(start: Tree, end: Carry, rows: Row, options: Options) -> Saved:
     return Saved(states, states_level, end.x0, x0_level)
 
 
-def _size(x: Tree) -> int:
+def size(x: Tree) -> int:
+    """How many entries a tree has."""
     return sum(np.size(leaf) for leaf in jax.tree.leaves(x))
 
 

@@ -15,7 +15,6 @@ from diffjax.levels import (
     Level,
     Row,
     Sample,
-    Saved,
     Solver,
     Tree,
     has_functions,
@@ -24,9 +23,6 @@ from diffjax.levels import (
     remembers,
 )
 from diffjax.samplers.sequential import Counter
-
-UNSAVED = Saved(None, None, None, None)
-
 
 # --- arguments ----------------------------------------------------------------------------------------------------
 

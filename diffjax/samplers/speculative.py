@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from diffjax.levels import CLEAN, Array, Grid, Level, Row, Sample, Solver, Tree, all_finite, as_value
+from diffjax.levels import CLEAN, UNSAVED, Array, Grid, Level, Row, Sample, Solver, Tree, all_finite, as_value
 from diffjax.samplers.sequential import drawn_noise, left, prepare
-from diffjax.samplers.shared import UNSAVED, call, finished, inline, integer, memoryless, select, take
+from diffjax.samplers.shared import call, finished, inline, integer, memoryless, select, take
 
 DRAFTS = ("stale", "fresh")
 

@@ -19,11 +19,11 @@ import numpy as np
 
 from diffjax.guidance.conditions import conditioned
 from diffjax.levels import (
+    UNSAVED,
     Array,
     Grid,
     Row,
     Sample,
-    Saved,
     Solver,
     Tree,
     all_finite,
@@ -182,7 +182,7 @@ def _tick(stream: Stream, state: Lanes, request: Request) -> tuple[Lanes, Sample
     lanes = jax.vmap(lambda *of: _advance(stream, *of))(jnp.arange(stream.lanes, dtype=jnp.int32), rows, lanes)
     state, out = (jax.tree.map(lambda leaf, part=part: leaf[part], lanes) for part in (slice(0, -1), -1))
     rounds = jnp.asarray(stream.lanes * stream.plan.solver.calls, jnp.int32)
-    sample = Sample(out.x, out.nfe, rounds, out.failed_at, Saved(None, None, None, None))
+    sample = Sample(out.x, out.nfe, rounds, out.failed_at, UNSAVED)
     last = jax.tree.map(lambda leaf: leaf[-1], rows.s)
     return state, left(sample, stream.plan.process, last), out.busy
 

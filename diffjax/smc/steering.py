@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from diffjax.guidance.tilted import twist_gradient
 from diffjax.levels import (
     CLEAN,
+    UNSAVED,
     Array,
     Grid,
     Level,
@@ -37,8 +38,8 @@ from diffjax.levels import (
     remembers,
     value,
 )
-from diffjax.samplers.sequential import Counter, check_arguments, entered, initial_evaluations, left, planned
-from diffjax.samplers.shared import UNSAVED, cast, inline, integer
+from diffjax.samplers.sequential import Counter, check_arguments, entered, initial_evaluations, left, planned, size
+from diffjax.samplers.shared import cast, inline, integer
 from diffjax.smc.particles import (
     EARLY,
     Choice,
@@ -285,7 +286,7 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
         x, jax.vmap(solver.init)(x), memory(models.denoise), memory(models.proposal), nothing, potential.init(nothing)
     )
     indices = jnp.arange(count, dtype=jnp.int32)
-    early = count * solver.draws * _size(x) <= EARLY
+    early = count * solver.draws * size(x) <= EARLY
     noises = jax.vmap(lambda index: drawn(key, index, slots, x, solver.draws))(indices) if early else None
     looks = models.twist is not None or one_call
 
@@ -435,10 +436,6 @@ def transported_states(place: Place, resampler: Any, log_weights: Array, particl
     mix = lambda leaf: jnp.tensordot(mine, place.everywhere(leaf), 1).astype(leaf.dtype)
     moved = particles._replace(x=jax.tree.map(mix, particles.x), solver=jax.tree.map(mix, particles.solver))
     return moved, jnp.argmax(matrix, axis=1).astype(jnp.int32)
-
-
-def _size(x: Tree) -> int:
-    return sum(np.size(leaf) for leaf in jax.tree.leaves(x))
 
 
 def _counted(x: Tree, particles: int) -> Tree:

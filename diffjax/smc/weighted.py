@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffjax.levels import Array, Grid, Row, Sample, Tree, is_traced, root
+from diffjax.levels import UNSAVED, Array, Grid, Row, Sample, Tree, is_traced, root
 from diffjax.samplers.sequential import check_arguments, entered, left, planned
-from diffjax.samplers.shared import UNSAVED, cast, inline, integer
+from diffjax.samplers.shared import cast, inline, integer
 from diffjax.smc.particles import (
     Choice,
     Place,

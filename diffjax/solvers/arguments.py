@@ -60,6 +60,12 @@ def number(name: str, given: Array, low: float = 0.0, high: float = np.inf) -> N
         raise ValueError(f"{name} must be a finite number {limits}, got {given!r}.")
 
 
+def positive(name: str, given: Array) -> None:
+    """Raise ValueError unless ``given`` is traced or all of it is above 0."""
+    if not is_traced(given) and not np.all(np.asarray(given) > 0):
+        raise ValueError(f"{name} must be above 0, got {given!r}.")
+
+
 def integer(name: str, given: Any, low: int, high: int) -> None:
     """Raise ValueError unless ``given`` is an integer in [low, high]."""
     if isinstance(given, bool) or not isinstance(given, int | np.integer) or not low <= given <= high:

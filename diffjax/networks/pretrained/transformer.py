@@ -13,6 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from diffjax.networks import layers
+from diffjax.networks.dit import joined
 from diffjax.networks.functional import Time
 from diffjax.networks.pretrained import blocks
 from diffjax.networks.pretrained.blocks import Attention, FeedForward, Norm, Style, TimeEmbedding
@@ -127,21 +129,16 @@ class PublishedDiT(nnx.Module):
         self.proj_out_2 = style.linear(size, self.patch**2 * self.output, rngs)
 
     def __call__(self, x: Float[Array, "..."], t: Time, condition: Any = None) -> Float[Array, "h w out"]:
-        if x.shape != self.shape:
-            raise ValueError(
-                f"x must be one image of shape {self.shape} (batches go through jax.vmap), got shape {x.shape}"
-            )
+        layers.one_image(x, self.shape)
         t, label = jnp.asarray(t), named(self.inputs, condition)["label"]
-        side, patch = x.shape[0] // self.patch, self.patch
         h = self.pos_embed(x.astype(self.dtype))
-        h = h + positions(side, h.shape[-1]).astype(h.dtype)
+        h = h + positions(x.shape[0] // self.patch, h.shape[-1]).astype(h.dtype)
         for block in self.transformer_blocks:
             h = block(h, t, label)
         embedding = self.transformer_blocks[0].norm1.emb(t, label)
         shift, scale = jnp.split(self.proj_out_1(jax.nn.silu(embedding)), 2)
         h = self.proj_out_2(self.norm_out(h) * (1 + scale) + shift).astype(jnp.float32)
-        split = h.reshape(side, side, patch, patch, self.output).transpose(0, 2, 1, 3, 4)
-        return split.reshape(side * patch, side * patch, self.output)
+        return joined(h, (*x.shape[:2], self.output), self.patch)
 
 
 def positions(side: int, size: int) -> Float[Array, "{side}*{side} {size}"]:
