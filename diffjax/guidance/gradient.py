@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.corrections.transform import check_within, condition_within, evaluations_within
+from diffjax.guidance.tilted import shifted_estimate
 from diffjax.levels import Array, Level, Tree, as_value, is_traced, remembers, value
 
 
@@ -53,13 +54,6 @@ def gradient(denoise: Any, potential: Any, scale: Any = 1.0) -> Gradient | Remem
     return kind(as_value(denoise), potentials, scales)
 
 
-def shifted(x0: Tree, slope: Tree, level: Level, scale: Array = 1.0) -> Tree:
-    """``x0 + scale sigma^2 / alpha slope``, and ``x0`` itself at alpha = 0 and at sigma = 0."""
-    still = (level.alpha == 0) | (level.sigma == 0)
-    factor = scale * level.sigma**2 / jnp.where(level.alpha == 0, 1.0, level.alpha)
-    return jax.tree.map(lambda clean, g: jnp.where(still, clean, clean + factor * g).astype(clean.dtype), x0, slope)
-
-
 @value
 class Gradient:
     denoise: Any
@@ -68,7 +62,7 @@ class Gradient:
     factory = "gradient"
 
     def __call__(self, x: Tree, level: Level) -> Tree:
-        return shifted(self.denoise(x, level), self.slope(x, level), level)
+        return shifted_estimate(self.denoise(x, level), self.slope(x, level), level)
 
     def slope(self, x: Tree, level: Level) -> Tree:
         """The gradient of the sum of the scaled potentials."""
@@ -93,7 +87,7 @@ class RememberingGradient:
 
     def apply(self, x: Tree, level: Level, memory: Tree) -> tuple[Tree, Tree]:
         x0, memory = self.denoise.apply(x, level, memory)
-        return shifted(x0, self.slope(x, level), level), memory
+        return shifted_estimate(x0, self.slope(x, level), level), memory
 
     condition = property(condition_within)
     check = check_within

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.corrections.transform import check, condition_within, evaluations
-from diffjax.guidance.gradient import shifted
+from diffjax.guidance.tilted import shifted_estimate
 from diffjax.levels import Array, Level, Tree, as_value, is_traced, remembers, value
 
 
@@ -125,7 +125,7 @@ class SelfMinority:
         (slope,) = back(jax.grad(self.measure)(x0, rebuilt))
         if self.normalise is not None:
             slope = self.normalise(slope)
-        return shifted(x0, slope, level, self.scale)
+        return shifted_estimate(x0, slope, level, self.scale)
 
     condition = property(condition_within)
 

@@ -20,7 +20,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
-from diffjax.guidance.tilted import twist_gradient
+from diffjax.corrections import transform
+from diffjax.guidance.tilted import shifted_estimate, twist_gradient
 from diffjax.levels import (
     CLEAN,
     UNSAVED,
@@ -239,9 +240,8 @@ def called(denoise: Any, x: Tree, level: Level, memory: Tree) -> tuple[Tree, Tre
 
 
 def evaluations(denoise: Any, level: Level) -> Array:
-    """Network evaluations of a call."""
-    own = getattr(denoise, "evaluations", None)
-    return jnp.asarray(1 if own is None else own(level), jnp.int32)
+    """Network evaluations of a call, as they are summed."""
+    return jnp.asarray(transform.evaluations(denoise, level), jnp.int32)
 
 
 def look(models: Models, tilt: bool, x: Tree, level: Level, memory: Tree, proposal: Tree) -> tuple[Seen, Tree, Tree]:
@@ -256,10 +256,7 @@ def look(models: Models, tilt: bool, x: Tree, level: Level, memory: Tree, propos
         log_h, x0 = models.twist(plain, x, level)
     else:
         log_h, x0, slope = twist_gradient(plain, models.twist, x, level)
-        # sigma^2 / alpha, and no tilt from alpha = 0, where the state says nothing
-        weight = jnp.where(level.alpha == 0, 0.0, level.sigma**2 / jnp.where(level.alpha == 0, 1.0, level.alpha))
-        tilted = lambda clean, g: (clean + models.scale * weight * g).astype(clean.dtype)
-        proposed = jax.tree.map(tilted, x0, slope)
+        proposed = shifted_estimate(x0, slope, level, models.scale)
     if models.proposal is not None:
         proposed, proposal = called(models.proposal, x, level, proposal)
     return Seen(jnp.asarray(log_h, kind), x0, proposed), after, proposal
