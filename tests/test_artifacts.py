@@ -136,3 +136,19 @@ def test_optimised_noise_of_a_quadratic_loss():
         guidance.optimised_noise(key, loss, {"a": (4,)}, threshold=0.0, steps=0)
     with pytest.raises(ValueError, match="divergence"):
         guidance.optimised_noise(key, loss, {"a": (4,)}, threshold=0.0, divergence=0.0)
+
+
+def test_a_place_that_jumps_is_noised_to_the_level_of_the_step_from_the_estimate_before():
+    """By hand: ``alpha_s x0_before + sigma_s z`` at the one entry that jumps, the plain step at the others."""
+    inner = solvers.ddim()
+    solver = diagnostics.reinjected(inner, low=-10.0, high=10.0)
+    row = jax.tree.map(lambda leaf: leaf[4], solver.plan(grids.uniform(processes.vp(), 8)))
+    x, before, z, change = jnp.asarray(np.random.default_rng(0).normal(size=(4, 20)), jnp.float32)
+    after = before + 0.01 * change.at[7].set(1e4)
+    old, memory = solver.init(x)
+    new, _, _ = solver.step(
+        (z,), lambda x, level: after, x, (old, memory._replace(x0=before, made=jnp.array(True))), row
+    )
+    plain, _, _ = inner.step((), lambda x, level: after, x, inner.init(x), row)
+    expected = plain.at[7].set(row.s.alpha * before[7] + row.s.sigma * z[7])
+    np.testing.assert_allclose(new, expected, rtol=1e-6)
