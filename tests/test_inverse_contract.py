@@ -33,6 +33,7 @@ EXTRA = {  # arguments without a default
 }
 LAWS = {"evidence", "exact", "posterior"}  # tested against quadrature
 DRIVERS = {"active", "d_flow", "enkg", "expectation_maximisation", "fit_gaussian", "mixed_observation", "thompson"}
+DRIVERS |= {"tractable_steering"}
 NOT_METHODS = {"measurement", "pseudo_inverse", *LAWS, *DRIVERS}  # drivers are of more than one sample or measurement
 
 

@@ -28,5 +28,6 @@ from diffjax.inverse.operators import (
 from diffjax.inverse.source import d_flow
 from diffjax.inverse.splitting import daps, pnp_dm
 from diffjax.inverse.steps import ddnm, ddrm, dps, flowchef, lanpaint, mcg
+from diffjax.inverse.tractable import tractable_steering
 from diffjax.inverse.twists import lgd, likelihood, mmps, noised, pigdm, tmpd
 from diffjax.inverse.variational import adam, red_diff
