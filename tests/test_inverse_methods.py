@@ -99,6 +99,14 @@ def test_lanczos_log_determinant(x64):
     assert abs(float(many) - np.linalg.slogdet(np.asarray(full))[1]) < 4 * error
 
 
+def test_lanczos_log_determinant_of_a_space_that_is_full():
+    """One step spans the Krylov space of a multiple of the identity: nothing is left to divide by."""
+    for size, steps in ((4, 3), (32, 10)):
+        found = lanczos_log_determinant(lambda v: 0.25 * v, jnp.zeros(size), steps, 1)
+        np.testing.assert_allclose(found, size * np.log(0.25), rtol=1e-6)
+
+
+
 def test_loss_guided_diffusion_tends_to_the_gaussian_twist(x64):
     """log h of one measurement within four standard errors of the closed form."""
     seen = inverse.measurement(inverse.matrix(A[:1]), np.array([0.8]), 0.4)

@@ -60,7 +60,7 @@ def lanczos_log_determinant(apply: Callable[[Array], Array], like: Array, iterat
             w = w - alpha * q
             w = w - basis.T @ (basis @ w)  # against the loss of orthogonality
             norm = jnp.sqrt(w @ w)
-            small = norm < 1e-6 * jnp.abs(alpha)
+            small = norm <= 1e-6 * jnp.abs(alpha)  # the space is full: equal where nothing is left at all
             later = jnp.where(small, 0.0, w / jnp.where(small, 1.0, norm))
             return (basis, later, q, jnp.where(small, 0.0, norm)), (alpha, jnp.where(small, 0.0, norm))
 
@@ -68,10 +68,9 @@ def lanczos_log_determinant(apply: Callable[[Array], Array], like: Array, iterat
         _, (alphas, betas) = jax.lax.scan(step, start, jnp.arange(steps))
         tridiagonal = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
         nodes, vectors = jnp.linalg.eigh(tridiagonal)
-        used = vectors[0] ** 2 > 1e-12
-        return size * jnp.sum(
-            jnp.where(used, vectors[0] ** 2 * jnp.log(jnp.where(used & (nodes > 0), nodes, 1.0)), 0.0)
-        )
+        empty = vectors[0] ** 2 <= 1e-12
+        logs = jnp.log(jnp.where(empty | (nodes <= 0), 1.0, nodes))
+        return size * jnp.sum(jnp.where(empty, 0.0, vectors[0] ** 2 * logs))
 
     keys = jax.random.split(jax.random.key(0), probes)
     return jnp.mean(jax.vmap(one)(keys))
