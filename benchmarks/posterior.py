@@ -73,6 +73,8 @@ def cell(name: str, problem: Problem, seed: int = 0) -> dict:
     if method.particles:
         rng = np.random.default_rng(seed)
         logs = np.asarray(out.log_weights, np.float64)
+        # where a population diverged, its particles (0 in `scores`, if they are no numbers) count alike
+        logs = np.where(np.isfinite(logs.max(1, keepdims=True)), logs, 0.0)
         weights = np.exp(logs - logs.max(1, keepdims=True))
         weights /= weights.sum(1, keepdims=True)
         # copies would be each other's nearest neighbours: those are told apart on a thinned set, w / max w of each kept
@@ -82,7 +84,8 @@ def cell(name: str, problem: Problem, seed: int = 0) -> dict:
         result["ess"] = (1 / (weights**2).sum(1)).round(1).tolist()
         result["resampled"] = np.asarray(out.resampled).sum(1).tolist()
         if problem.evidence is not None:
-            result["log_z"] = (np.asarray(out.log_z, np.float64) - problem.evidence).round(4).tolist()
+            error = np.asarray(out.log_z, np.float64) - problem.evidence
+            result["log_z"] = np.nan_to_num(error, nan=-np.inf, neginf=-1e9).clip(-1e9).round(4).tolist()
     thinned = distinct if method.particles else [None] * len(samples)
     found = [scores(*given) for given in zip(samples, problem.exact, thinned, strict=True)]
     return result | _lists(found)
@@ -114,7 +117,8 @@ def load() -> dict:
 def keep(results: dict) -> None:
     """Written beside and moved, so that a kill leaves the old or the new file."""
     beside = RESULTS.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(load() | results, indent=1, sort_keys=True) + "\n")
+    lines = [f"{json.dumps(key)}: {json.dumps(cell)}" for key, cell in sorted((load() | results).items())]
+    beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")  # a line a cell
     beside.replace(RESULTS)
 
 

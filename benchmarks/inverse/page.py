@@ -64,8 +64,9 @@ def write(results: dict) -> None:
     text += "\n![Distances](posterior.png)\n\n"
     text += "## The same, mean\n\n" + _distances(results, groups, names, np.mean)
     text += "\n## Everything else, over all groups\n\n" + _rest(results, names)
-    text += "\n## Log-evidence of the particle methods\n\nEstimate minus log p(y), in nats, over the measurements.\n\n"
-    text += _evidence(results, names)
+    text += "\n## Log-evidence of the particle methods\n\n"
+    text += "Estimate minus log p(y), in nats: the mean over the measurements, and the worst.\n\n"
+    text += _evidence(results, groups, names)
     rate = results.get("mixture 8, 1 seen|low|rate")
     if rate:
         text += RATE
@@ -74,8 +75,6 @@ def write(results: dict) -> None:
             for n, e, m in zip(rate["particles"], rate["rms"], rate["mean"], strict=True)
         ]
         text += _table(["particles", "root-mean-square error, nats", "mean estimate / evidence"], rows)
-    done = sorted({key.rpartition("|")[0].replace("|", ", noise ") for key in results})
-    text += "\n## Cells on disk\n\n" + "; ".join(done) + ".\n"
     (DOCS / "posterior.md").write_text(text)
     _figure(results, groups, names)
 
@@ -121,6 +120,7 @@ def _rest(results: dict, names: list[str]) -> str:
         cells = [cell for key, cell in results.items() if key.endswith(f"|{name}")]
         flat = lambda what, cells=cells: [x for cell in cells for x in cell[what]]
         seconds = np.median([cell["seconds"] / len(cell["sw"]) for cell in cells])
+        particles = methods.METHODS[name].particles
         rows.append(
             [
                 name,
@@ -128,26 +128,31 @@ def _rest(results: dict, names: list[str]) -> str:
                 f"{np.mean(flat('coverage')):.2f}",
                 f"{cells[0]['nfe']:.0f}",
                 f"{seconds:.1f}",
+                f"{np.mean(flat('ess')):.0f}, {np.mean(flat('resampled')):.1f}" if particles else "",
                 methods.METHODS[name].rule,
             ]
         )
-    return _table(["method", "C2ST", "coverage of 90 %", "calls", "seconds", "setting"], rows)
+    head = ["method", "C2ST", "coverage of 90 %", "calls", "seconds", "ESS at the end, times resampled", "setting"]
+    return _table(head, rows)
 
 
-def _evidence(results: dict, names: list[str]) -> str:
+def _evidence(results: dict, groups: dict, names: list[str]) -> str:
+    """The mean error of each group, with the worst one in brackets."""
+    columns = [(g, noise) for g in groups for noise in ("low", "high")]
     rows = []
-    for key, cell in sorted(results.items()):
-        problem, noise, name = key.split("|")
-        if "log_z" in cell and name in names:
-            error = np.array(cell["log_z"])
-            worst = error[np.argmax(np.abs(error))]
-            ess, times = np.mean(cell["ess"]), np.mean(cell["resampled"])
-            rows.append(
-                [name, f"{problem}, {noise}", f"{error.mean():+.3f}", f"{worst:+.3f}", f"{ess:.0f}", f"{times:.1f}"]
-            )
-    return (
-        _table(["method", "problem", "mean", "worst", "ESS at the end", "resampled"], rows) if rows else "None yet.\n"
-    )
+    for name in names:
+        row = []
+        for group, noise in columns:
+            cells = [results.get(f"{problem}|{noise}|{name}", {}) for problem in groups[group]]
+            errors = np.array([error for cell in cells for error in cell.get("log_z", [])])
+            row.append(f"{_nats(errors.mean())} ({_nats(errors[np.abs(errors).argmax()])})" if errors.size else "-")
+        if any(entry != "-" for entry in row):
+            rows.append([name, *row])
+    return _table(["method"] + [f"{g}, {noise}" for g, noise in columns], rows)
+
+
+def _nats(value: float) -> str:
+    return "< -1000" if value < -1000 else f"{value:+.2f}" if abs(value) < 10 else f"{value:+.0f}"
 
 
 def _figure(results: dict, groups: dict, names: list[str]) -> None:
