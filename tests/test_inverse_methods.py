@@ -106,7 +106,6 @@ def test_lanczos_log_determinant_of_a_space_that_is_full():
         np.testing.assert_allclose(found, size * np.log(0.25), rtol=1e-6)
 
 
-
 def test_loss_guided_diffusion_tends_to_the_gaussian_twist(x64):
     """log h of one measurement within four standard errors of the closed form."""
     seen = inverse.measurement(inverse.matrix(A[:1]), np.array([0.8]), 0.4)
