@@ -273,3 +273,47 @@ def test_summaries_that_cannot_be_are_refused(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(2))
     with pytest.raises(ValueError, match="must hold"):
         metrics.Summary.load(tmp_path / "other.npz")
+
+
+# --- Sinkhorn divergence ---------------------------------------------------------------------------------------------
+
+
+def test_sinkhorn_divergence_of_a_shift_and_its_limits():
+    """|v|^2 for a shifted set at every entropy; W_2^2 without, and the squared difference of means with all of it."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(12, 1)), rng.normal(0.8, 1.5, size=(12, 1))
+    points, shift = rng.normal(size=(15, 3)), np.array([0.5, -1.0, 2.0])
+    for entropy in (0.5, 3.0, 30.0):
+        found = metrics.sinkhorn_divergence(points + shift, points, entropy, 5000)
+        assert found == pytest.approx(shift @ shift, rel=1e-6)
+        assert metrics.sinkhorn_divergence(points, points[::-1], entropy, 5000) == pytest.approx(0.0, abs=1e-7)
+    sliced = metrics.sliced_wasserstein(jax.random.key(0), a, b) ** 2  # exact on a line
+    assert metrics.sinkhorn_divergence(a, b, 1e-3, 20_000) == pytest.approx(sliced, rel=5e-3)
+    assert metrics.sinkhorn_divergence(a, b, 1e6) == pytest.approx((a.mean() - b.mean()) ** 2, rel=1e-4)
+
+
+def test_sinkhorn_divergence_is_that_of_the_convex_problem():
+    """Both entropic problems by a general optimiser of the dual, and the traced version."""
+    optimize = pytest.importorskip("scipy.optimize")
+    rng, entropy = np.random.default_rng(1), 0.7
+    a, b = rng.normal(size=(4, 2)), rng.normal(size=(3, 2)) + 0.5
+
+    def dual(x, y):
+        cost = ((x[:, None] - y[None]) ** 2).sum(-1)
+
+        def negative(both):
+            f, g = both[: len(x)], both[len(x) :]
+            plan = np.exp((f[:, None] + g[None] - cost) / entropy) / plan_size
+            slopes = np.concatenate([1 / len(x) - plan.sum(1), 1 / len(y) - plan.sum(0)])
+            return -(f.mean() + g.mean() - entropy * (plan.sum() - 1)), -slopes
+
+        plan_size = len(x) * len(y)
+        start = np.zeros(len(x) + len(y))
+        return -optimize.minimize(negative, start, jac=True, method="BFGS", options={"gtol": 1e-10}).fun
+
+    exact = dual(a, b) - 0.5 * dual(a, a) - 0.5 * dual(b, b)
+    assert metrics.sinkhorn_divergence(a, b, entropy) == pytest.approx(exact, rel=1e-7)
+    traced = jax.jit(lambda a, b: metrics.sinkhorn_divergence(a, b, entropy, 200))(a, b)
+    assert float(traced) == pytest.approx(exact, rel=1e-4)
+    with pytest.raises(ValueError, match="entropy"):
+        metrics.sinkhorn_divergence(a, b, 0.0)

@@ -290,3 +290,10 @@ def test_float32_in_float32_out():
             prediction = make(target, process)
             x0, eps = jnp.asarray(X0, jnp.float32), jnp.asarray(EPS, jnp.float32)
             assert prediction.to_x0(prediction.encode(x0, eps, level), x0, level).dtype == jnp.float32
+
+
+def test_a_decoded_edm_network_is_an_argument_of_a_compiled_function():
+    """Its scale is traced while the grid's levels are concrete: the check must not make an array of it."""
+    grid = grids.uniform(processes.flow(), 2)
+    denoise = predictions.edm(processes.flow(), 0.7, conditioning="time").decode(lambda p, x, t, c: p * x, 1.0)
+    jax.jit(lambda denoise: denoise.check(grid.t))(denoise)

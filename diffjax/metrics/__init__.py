@@ -13,7 +13,7 @@ from diffjax.metrics.frechet import frechet_distance, gaussian_frechet_distance
 from diffjax.metrics.kernel import kid, median_bandwidth, mmd
 from diffjax.metrics.neighbours import PrecisionRecall, nearest_distance, precision_recall
 from diffjax.metrics.summary import Comparison, Summary, compare, merged, summary
-from diffjax.metrics.transport import sliced_wasserstein
+from diffjax.metrics.transport import sinkhorn_divergence, sliced_wasserstein
 
 __all__ = [
     "Comparison",
@@ -29,6 +29,7 @@ __all__ = [
     "mmd",
     "nearest_distance",
     "precision_recall",
+    "sinkhorn_divergence",
     "sliced_wasserstein",
     "summary",
 ]

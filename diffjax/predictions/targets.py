@@ -151,7 +151,7 @@ class EDM:
 
     def linear(self, process, level):
         _, alpha, sigma, _ = level
-        xp = namespace(alpha)
+        xp = namespace(alpha, self.sigma_data)
         root = xp.sqrt((alpha * self.sigma_data) ** 2 + sigma**2)
         skip = alpha * (self.sigma_data / root) ** 2
         out = sigma * self.sigma_data / root
@@ -168,7 +168,7 @@ class EDM:
 
     def inputs(self, process, level):
         _, alpha, sigma, _ = level
-        xp = namespace(alpha)
+        xp = namespace(alpha, self.sigma_data)
         scale = 1 / xp.sqrt((alpha * self.sigma_data) ** 2 + sigma**2)
         if self.conditioning == "time":
             return scale, process.network_time(level)

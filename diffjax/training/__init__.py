@@ -11,6 +11,7 @@ from diffjax.training.exposure import perturbed, scheduled_sampling, unrolled
 from diffjax.training.hybrid import hybrid
 from diffjax.training.loop import fit
 from diffjax.training.losses import denoising
+from diffjax.training.maximisation import maximisation
 from diffjax.training.multitask import aggregated, aggregation_share, head_twist, multitask
 from diffjax.training.noise_refinement import noise_refinement
 from diffjax.training.optimal_classifier import Round, Visits, optimal_classifier, visits
@@ -49,6 +50,7 @@ __all__ = [
     "log_normal",
     "log_snr",
     "logit_normal",
+    "maximisation",
     "mixed",
     "mode",
     "multitask",
