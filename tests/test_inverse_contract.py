@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax import grids, guidance, inverse, processes, sample, solvers
+from diffjax import grids, guidance, inverse, processes, sample, solvers, steer
 from diffjax.catalogue import catalogue
 from diffjax.levels import Solver, value
 
@@ -30,6 +31,7 @@ EXTRA = {  # arguments without a default
     "dps": {"step": 0.3},
     "mcg": {"step": 0.3},
     "lanpaint": {"inner": 2},
+    "fps": {"key": KEY},
 }
 LAWS = {"evidence", "exact", "posterior"}  # tested against quadrature
 DRIVERS = {"active", "d_flow", "enkg", "expectation_maximisation", "fit_gaussian", "mixed_observation", "thompson"}
@@ -79,6 +81,10 @@ def draw(name, key, seen, process, steps=STEPS, prior=PRIOR, shape=SHAPE, **sett
         made = factory(seen, **settings)
         if isinstance(made, Solver):
             return sample(key, prior, made, grid, x=x), steps * made.calls
+        if hasattr(made, "ahead"):  # a filter: the first of two particles
+            both = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), x)
+            out = steer(key, prior, base, grid, x=both, particles=2, proposal=made)
+            return out._replace(x=jax.tree.map(lambda leaf: leaf[0], out.x)), 2 * steps
         return sample(key, guidance.tilted(prior, made), base, grid, x=x), steps
     if kind == "solver":
         made = factory(base, seen, **settings)
@@ -124,6 +130,7 @@ def test_contract(name):
     assert any(np.max(np.abs(leaf)) > 1e-3 for leaf in jax.tree.leaves(slopes))  # it heeds y
 
 
+FILTERS = {"conjugate", "fps", "mcgdiff"}
 PLAIN_WITHOUT = sorted(set(found()) - {"daps", "pnp_dm", "red_diff", "diffpir"})
 
 
@@ -131,7 +138,7 @@ PLAIN_WITHOUT = sorted(set(found()) - {"daps", "pnp_dm", "red_diff", "diffpir"})
 def test_no_information_returns_the_prior(name):
     """A = 0: the sample of the plain solver for the same key."""
     seen = seen_by(inverse.matrix(np.zeros((2, 3))), np.zeros(2, np.float32), 0.3)
-    settings = {"eta": 1.0} if name == "ddrm" else {"inner": 0} if name == "lanpaint" else {}
+    settings: Any = {"eta": 1.0} if name == "ddrm" else {"inner": 0} if name == "lanpaint" else {}
     out, _ = draw(name, KEY, seen, processes.flow(), shape=(3,), **settings)
     grid = grids.uniform(processes.flow(), STEPS, start=0.9)
     kept = {"mcg": 1}.get(name, 0)
@@ -140,10 +147,29 @@ def test_no_information_returns_the_prior(name):
         out = sample(KEY, PRIOR, made, grid, x=start(KEY, (3,)))
     base = solvers.flow_cps(1.0) if name == "ddrm" else solvers.ddim(eta=0.0 if kept else 1.0)
     plain = sample(KEY, PRIOR, base, grid, x=start(KEY, (3,)))
+    if name in FILTERS:
+        both = jnp.stack([start(KEY, (3,)), -start(KEY, (3,))])
+        particles = steer(KEY, PRIOR, base, grid, x=both, particles=2, proposal="base")
+        plain = plain._replace(x=particles.x[0])
+        weights: Any = out._asdict()["log_weights"]
+        np.testing.assert_allclose(weights, weights[:1].repeat(2), atol=1e-5)
     np.testing.assert_allclose(out.x, plain.x, rtol=2e-5, atol=2e-5)
 
 
-MEETS = ["ddnm", "ddrm", "mcg", "mmps", "null_space", "pigdm", "replacement", "tmpd", "lanpaint", "ilvr"]
+MEETS = [
+    "ddnm",
+    "ddrm",
+    "mcg",
+    "mmps",
+    "null_space",
+    "pigdm",
+    "replacement",
+    "tmpd",
+    "lanpaint",
+    "ilvr",
+    "mcgdiff",
+    "fps",
+]
 
 
 @pytest.mark.parametrize("name", MEETS)
@@ -178,6 +204,10 @@ def test_nothing_done_is_the_plain_solver(name, settings):
         (lambda seen: inverse.pigdm(seen(inverse.identity((3,))), -1.0), "variance"),
         (lambda seen: inverse.lgd(seen(inverse.identity((3,))), 1.0, KEY, samples=0), "samples"),
         (lambda seen: inverse.likelihood(3), "measurement"),
+        (lambda seen: inverse.conjugate(seen(inverse.identity((3,)), 0.0)), "mcgdiff"),
+        (lambda seen: inverse.conjugate(seen(inverse.identity((3,))), -1.0), "variance"),
+        (lambda seen: inverse.mcgdiff(seen(inverse.hdr((3,)))), "linear"),
+        (lambda seen: inverse.fps(seen(inverse.radon(np.zeros(1), (1, 1), 3)), KEY), "spectrum"),
         (lambda seen: inverse.ddrm(seen(inverse.radon(np.zeros(1), (1, 1), 3))), "spectrum"),
         (lambda seen: inverse.ddrm(seen(inverse.identity((3,)), np.full(3, 0.1))), "one standard deviation"),
         (lambda seen: inverse.ddrm(seen(inverse.identity((3,))), eta=1.5), "eta"),

@@ -73,6 +73,40 @@ def particles(twist: Callable) -> Callable:
     return one
 
 
+def filtered(made: Callable) -> Callable:
+    """A filter in sequential Monte Carlo."""
+
+    def one(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+        return diffjax.steer(key, prior, ANCESTRAL, s.grid, s.shape, particles=s.count, proposal=made(seen, s))
+
+    return one
+
+
+def fps(once: bool) -> Callable:
+    """Populations of 20, the published number, each with a path of its own, as one weighted population."""
+
+    def one(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+        def path(key: Any) -> Any:
+            filter_ = inverse.fps(seen, jax.random.fold_in(key, 1), once)
+            return diffjax.steer(key, prior, ANCESTRAL, s.grid, s.shape, particles=20, proposal=filter_)
+
+        found = jax.vmap(path)(jax.random.split(key, s.count // 20))
+        # the published method leaves paths unweighted: with n counted anew at every level their weights mean nothing
+        weights = (found.log_z if once else 0.0 * found.log_z)[:, None]
+        logs = weights + jax.nn.log_softmax(found.log_weights, axis=1)
+        log_z = jax.nn.logsumexp(found.log_z) - math.log(len(found.log_z))
+        resampled = found.resampled.sum(0) / len(found.resampled)
+        return found._replace(
+            x=found.x.reshape(-1, *s.shape),
+            log_weights=logs.ravel(),
+            log_z=log_z,
+            nfe=found.nfe.sum(),
+            resampled=resampled,
+        )
+
+    return one
+
+
 def around(change: Callable) -> Callable:
     """A changed solver."""
     return lambda key, prior, seen, s: run(key, prior, s, change(seen, s))
@@ -160,6 +194,21 @@ for _name in ("exact", "likelihood", "pigdm, v = 1", "pigdm, data's v", "tmpd", 
     METHODS[f"tds, {_name}"] = Method(
         f"{DRAWS} particles, 200 steps", particles(TWISTS[_name]), particles=True, needs_exact=_name == "exact"
     )
+METHODS |= {
+    "conjugate": Method(
+        f"{DRAWS} particles, 200 steps", filtered(lambda seen, s: inverse.conjugate(seen)), particles=True
+    ),
+    "conjugate, data's v": Method(
+        f"{DRAWS} particles, 200 steps, v",
+        filtered(lambda seen, s: inverse.conjugate(seen, s.variance)),
+        particles=True,
+    ),
+    "mcgdiff": Method(f"{DRAWS} particles, 200 steps", filtered(lambda seen, s: inverse.mcgdiff(seen)), particles=True),
+    "fps": Method(f"{DRAWS // 20} paths of 20 particles, 200 steps", fps(True), particles=True),
+    "fps, published": Method(
+        f"{DRAWS // 20} paths of 20 particles, 200 steps, paths unweighted", fps(False), particles=True
+    ),
+}
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from diffjax.inverse.conformal import Intervals, calibrated_quantiles, error_gro
 from diffjax.inverse.ensemble import enkg, ensemble_update
 from diffjax.inverse.estimates import diffpir, ilvr, null_space, replacement
 from diffjax.inverse.exact import evidence, exact, posterior
+from diffjax.inverse.filters import conjugate, fps, mcgdiff
 from diffjax.inverse.images import blur, colourisation, downsample, fourier, gaussian_kernel, radon
 from diffjax.inverse.learned_prior import expectation_maximisation, fit_gaussian
 from diffjax.inverse.measurement import Measurement, gaussian_noise, measurement, poisson_noise

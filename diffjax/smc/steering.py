@@ -55,7 +55,7 @@ from diffjax.smc.particles import (
     threshold_checked,
 )
 from diffjax.smc.resampling import effective_size, systematic
-from diffjax.smc.twists import difference, owed
+from diffjax.smc.twists import Difference, difference, owed
 from diffjax.solvers.arguments import choice
 
 PROPOSALS = ("tilted", "base")
@@ -119,8 +119,10 @@ def steer(
         twist: ``(denoise, x, level) -> (log_h, x0)``, see `diffjax.smc.twists`; None is h = 1.
         potential: `diffjax.smc.difference` (default), `maximum`, `total`.
         proposal: "tilted": the solver's step with the clean estimate ``x0 + scale sigma^2 / alpha grad_x log h``
-            (where alpha = 0: x0); "base": the solver's own step, which needs no gradient; or another denoiser, as a
-            guided one.  Where a step adds no noise, as the last one, it is always the solver's own.
+            (where alpha = 0: x0); "base": the solver's own step, which needs no gradient; another denoiser, as a
+            guided one; or a *filter*, which draws the next state from the solver's Gaussian times a potential of its
+            own (`diffjax.inverse.conjugate`, ``mcgdiff``, ``fps``; see `looked_ahead`).  Where a step adds no noise, as
+            the last one, it is always the solver's own.
         scale: of the tilt.  It changes the variance of the weights only.
         resampler: `diffjax.smc.systematic` (default), `multinomial`, `stratified`, `residual`, `ssp`; with gradients
             `scored`, `transported`.
@@ -156,13 +158,14 @@ def steer(
         raise ValueError(f"initial='twisted' needs x, a twist and difference(), got x={x!r}, {twist!r}, {potential!r}.")
     if isinstance(proposal, str):
         choice("proposal", proposal, PROPOSALS)
-    other = None if isinstance(proposal, str) else proposal
-    tilt = twist is not None and proposal == "tilted"
+    filter_: Any = proposal if hasattr(proposal, "ahead") else None
+    other = None if isinstance(proposal, str) or filter_ is not None else proposal
+    tilt = twist is not None and isinstance(proposal, str) and proposal == "tilted"
     plan = planned(denoise, solver, grid, None, None)
-    _check(denoise, plan.solver, other, tilt, twist, resampler, potential)
+    _check(denoise, plan.solver, other, tilt, twist, resampler, potential, filter_)
     denoise, twist, other = as_value(denoise), as_value(twist), as_value(other)
-    for part in (other, twist):
-        if hasattr(part, "check"):
+    for part in (other, twist, filter_):
+        if part is not None and hasattr(part, "check"):
             part.check(plan.rows.t)
     prior_key, key = jax.random.split(key)
     keys = jax.vmap(lambda slot: jax.random.fold_in(prior_key, slot))(jnp.arange(particles))
@@ -170,7 +173,7 @@ def steer(
     rows = cast(plan.rows, states)
     last = jax.tree.map(lambda leaf: leaf[-1], rows.s)
     ends = not is_traced(last.sigma) and bool(np.all(np.asarray(last.sigma) == 0))
-    models = Models(denoise, twist, potential, other, scale, resampler, plan.solver)
+    models = Models(denoise, twist, potential, other, scale, resampler, plan.solver, filter_)
     options = Options(place, every, tilt, initial == "twisted", final_denoise and not ends, ends, mesh)
     run = _run if inline((models,), key, states, rows, models) else _compiled
     found = run(options, models, key, states, rows, threshold)
@@ -202,6 +205,7 @@ class Models:
     scale: Array
     resampler: Any
     solver: Any
+    filter: Any
 
 
 class Seen(NamedTuple):
@@ -239,9 +243,12 @@ def called(denoise: Any, x: Tree, level: Level, memory: Tree) -> tuple[Tree, Tre
     return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, jnp.result_type(like)), x0, x), memory
 
 
-def evaluations(denoise: Any, level: Level) -> Array:
-    """Network evaluations of a call, as they are summed."""
-    return jnp.asarray(transform.evaluations(denoise, level), jnp.int32)
+def costs(denoise: Any, level: Level, memory: Tree, count: int) -> Array:
+    """Network evaluations of one call for each of ``count`` particles, together; ``memory`` is what the calls left."""
+    if not remembers(denoise):
+        return count * jnp.asarray(transform.evaluations(denoise, level), jnp.int32)
+    one = lambda memory: jnp.asarray(transform.spent(denoise, level, memory), jnp.int32)
+    return jnp.sum(jax.vmap(one, axis_size=count)(memory), dtype=jnp.int32)
 
 
 def look(models: Models, tilt: bool, x: Tree, level: Level, memory: Tree, proposal: Tree) -> tuple[Seen, Tree, Tree]:
@@ -276,11 +283,17 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
     slots, count = place.slots, rows.t.time.shape[0]
     kind = jnp.result_type(*jax.tree.leaves(x))
     nothing, zero = jnp.zeros(place.local, kind), jnp.zeros((), jnp.int32)
+    filtered = models.filter is not None
     proposes = options.tilt or models.proposal is not None
-    one_call = proposes or hasattr(solver, "update")
+    one_call = proposes or filtered or hasattr(solver, "update")
     memory = lambda denoise: jax.vmap(denoise.init)(x) if remembers(denoise) else ()
+    fixed, plan, paid = (), (), nothing
+    if filtered:
+        one = jax.tree.map(lambda leaf: leaf[0], x)
+        fixed, plan = models.filter.plan(one, rows)
+        paid = jnp.full_like(nothing, models.filter.start(one))
     particles = Particle(
-        x, jax.vmap(solver.init)(x), memory(models.denoise), memory(models.proposal), nothing, potential.init(nothing)
+        x, jax.vmap(solver.init)(x), memory(models.denoise), memory(models.proposal), paid, potential.init(nothing)
     )
     indices = jnp.arange(count, dtype=jnp.int32)
     early = count * solver.draws * size(x) <= EARLY
@@ -295,7 +308,7 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
         return particles._replace(denoiser=after, proposal=proposal), seen
 
     def judge(particles: Particle, index: Array, level: Level) -> tuple[Particle, Seen, Array, Array]:
-        """The look at all particles, and the potential: what their weights gain, and the evaluations of each."""
+        """The look at all particles, and the potential: what their weights gain, and the evaluations of all here."""
         if not looks:
             return particles, Seen(nothing, (), ()), nothing, zero
         particles, seen = see(particles, level)
@@ -306,8 +319,12 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
         else:
             paid = particles.paid + gain
         own = getattr(models.twist, "evaluations", None)
-        cost = evaluations(models.denoise, level) if own is None else jnp.asarray(own(models.denoise, level), jnp.int32)
-        cost = cost if models.proposal is None else cost + evaluations(models.proposal, level)
+        if own is None:
+            cost = costs(models.denoise, level, particles.denoiser, place.local)
+        else:
+            cost = place.local * jnp.asarray(own(models.denoise, level), jnp.int32)
+        if models.proposal is not None:
+            cost = cost + costs(models.proposal, level, particles.proposal, place.local)
         return particles._replace(paid=paid, potential=memory), seen, gain, cost
 
     def pass_by(particles: Particle, index: Array, level: Level) -> tuple[Particle, Seen, Array, Array]:
@@ -318,7 +335,8 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
             particles.x, particles.denoiser
         )
         seen = Seen(nothing, x0, ())
-        return particles._replace(denoiser=after), seen, nothing, evaluations(models.denoise, level)
+        cost = costs(models.denoise, level, after, place.local)
+        return particles._replace(denoiser=after), seen, nothing, cost
 
     def advance(particles: Particle, seen: Seen, noise: tuple[Tree, ...], row: Row) -> tuple[Particle, Array, Array]:
         if proposes:
@@ -336,12 +354,15 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
             return x, memory, counter.memory, counter.nfe
 
         x, memory, denoiser, nfe = jax.vmap(step)(noise, particles.x, particles.solver, particles.denoiser)
-        return particles._replace(x=x, solver=memory, denoiser=denoiser), nothing, jnp.max(nfe)
+        return particles._replace(x=x, solver=memory, denoiser=denoiser), nothing, jnp.sum(nfe, dtype=jnp.int32)
 
-    def body(carry: Carry, indexed: tuple[Array, Row, Tree]) -> tuple[Carry, Choice]:
-        index, row, noise = indexed
+    def body(carry: Carry, indexed: tuple[Array, Row, Tree, Tree]) -> tuple[Carry, Choice]:
+        index, row, noise, own = indexed
         scheduled = index % options.every == 0
-        if options.every == 1 or proposes or not looks:
+        if filtered:
+            particles, seen, _, cost = pass_by(carry.particles, index, row.t)
+            particles, gain = looked_ahead(models, particles, seen, row, (fixed, own))
+        elif options.every == 1 or proposes or not looks:
             particles, seen, gain, cost = judge(carry.particles, index, row.t)
         else:
             particles, seen, gain, cost = jax.lax.cond(scheduled, judge, pass_by, carry.particles, index, row.t)
@@ -356,16 +377,19 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
             key, index, place, models.resampler, threshold, scheduled, weighted, (particles, seen), transport
         )
         if hasattr(models.resampler, "matrix"):
-            cost = cost + jnp.where(choice.resampled, evaluations(models.denoise, row.t), 0)
+            cost = cost + jnp.where(choice.resampled, costs(models.denoise, row.t, (), place.local), 0)
         noise = drawn(key, index, slots, particles.x, solver.draws) if noise is None else noise
-        particles, gain, more = advance(particles, seen, noise, row)
+        if filtered:
+            particles, gain, more = filtered_step(models, particles, seen, noise, row, (fixed, own)), nothing, zero
+        else:
+            particles, gain, more = advance(particles, seen, noise, row)
         weighted = gained(place, weighted, gain) if proposes else weighted
         wrong = improper(place, particles.x, weighted)
         failed_at = jnp.where((carry.failed_at < 0) & wrong, index, carry.failed_at)
         return Carry(particles, weighted, carry.nfe + cost + more, failed_at), choice
 
     carry = Carry(particles, start(place, kind), zero, zero - 1)
-    end, choices = jax.lax.scan(body, carry, (indices, rows, noises))
+    end, choices = jax.lax.scan(body, carry, (indices, rows, noises, plan))
     last = jax.tree.map(lambda leaf: leaf[-1], rows.s)
     result, log_h, cost = _finish(options, models, end.particles, last)
     weighted = gained(place, end.weighted, owed(log_h, end.particles.paid))
@@ -381,18 +405,19 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
         ess,
         choices.resampled,
         choices.ancestors,
-        place.count * (end.nfe + cost + first),
+        place.total(end.nfe + cost + place.local * first),
         failed_at,
         collapsed_at,
     )
 
 
 def _finish(options: Options, models: Models, particles: Particle, last: Level) -> tuple[Tree, Array, Array]:
-    """The particles as they are returned, log h there and the evaluations of each."""
+    """The particles as they are returned, log h there and the evaluations of all here."""
+    local = particles.paid.shape[0]
     x, cost = particles.x, jnp.zeros((), jnp.int32)
     if options.denoised:
-        x, _ = jax.vmap(lambda x, memory: called(models.denoise, x, last, memory))(x, particles.denoiser)
-        cost, last = evaluations(models.denoise, last), jax.tree.map(jnp.asarray, CLEAN)
+        x, after = jax.vmap(lambda x, memory: called(models.denoise, x, last, memory))(x, particles.denoiser)
+        cost, last = costs(models.denoise, last, after, local), jax.tree.map(jnp.asarray, CLEAN)
     if models.twist is None:
         return x, jnp.zeros_like(particles.paid), cost
     if options.denoised or options.ends:  # x0 = x / alpha is known without a call
@@ -400,8 +425,8 @@ def _finish(options: Options, models: Models, particles: Particle, last: Level) 
         log_h = jax.vmap(lambda x: models.twist(known, x, last)[0])(x)
         return x, log_h.astype(particles.paid.dtype), cost
     models = dataclasses.replace(models, proposal=None)
-    seen = jax.vmap(lambda x, memory: look(models, False, x, last, memory, ())[0])(x, particles.denoiser)
-    return x, seen.log_h, evaluations(models.denoise, last)
+    seen, after, _ = jax.vmap(lambda x, memory: look(models, False, x, last, memory, ()))(x, particles.denoiser)
+    return x, seen.log_h, costs(models.denoise, last, after, local)
 
 
 def proposed(solver: Any, noise: Tree, x: Tree, seen: Seen, row: Row) -> tuple[Tree, Array]:
@@ -412,6 +437,35 @@ def proposed(solver: Any, noise: Tree, x: Tree, seen: Seen, row: Row) -> tuple[T
     shift = jax.tree.map(lambda c, m: jnp.where(silent, 0.0, (c - m) / jnp.where(silent, 1.0, std)), centre, mean)
     new = jax.tree.map(lambda c, m, z: (jnp.where(silent, m, c) + std * z).astype(m.dtype), centre, mean, noise)
     return new, -dot(shift, noise) - 0.5 * dot(shift, shift)
+
+
+def looked_ahead(models: Models, particles: Particle, seen: Seen, row: Row, own: Tree) -> tuple[Particle, Array]:
+    """What the weights gain before a filter's step, so that who is going to do well is known before resampling.
+
+    A filter replaces a step N(mean, std^2 I) of the solver by the conjugate ``N(mean, std^2 I) g(x_s) / Z`` with a
+    potential g of its own.  ``plan(x, rows)`` is what it knows of all rows, and of each; ``start(x)`` is minus the
+    log-weight that all particles begin with; ``ahead(mean, std, row, own)`` is log Z, a function of x_t alone; and
+    ``draw(noise, mean, std, row, own) -> (x_s, owed)`` makes the step, ``owed`` the logarithm of as much of g(x_s) as
+    only leads the way and is given back in the next row.  What is never given back is the target.
+    """
+
+    def one(x: Tree, x0: Tree) -> Array:
+        return models.filter.ahead(*models.solver.kernel(x, x0, row), row, own)
+
+    gain = owed(jax.vmap(one)(particles.x, seen.x0), particles.paid)
+    return particles._replace(paid=jnp.zeros_like(particles.paid)), gain.astype(particles.paid.dtype)
+
+
+def filtered_step(
+    models: Models, particles: Particle, seen: Seen, noise: tuple[Tree, ...], row: Row, own: Tree
+) -> Particle:
+    """The step of a filter."""
+
+    def one(noise: Tree, x: Tree, x0: Tree) -> tuple[Tree, Array]:
+        return models.filter.draw(noise, *models.solver.kernel(x, x0, row), row, own)
+
+    x, later = jax.vmap(one)(noise[0], particles.x, seen.x0)
+    return particles._replace(x=x, paid=later.astype(particles.paid.dtype))
 
 
 def gained(place: Place, weighted: Weighted, gain: Array) -> Weighted:
@@ -442,7 +496,16 @@ def _counted(x: Tree, particles: int) -> Tree:
     return x
 
 
-def _check(denoise: Any, solver: Any, other: Any, tilt: bool, twist: Any, resampler: Any, potential: Any) -> None:
+def _check(
+    denoise: Any,
+    solver: Any,
+    other: Any,
+    tilt: bool,
+    twist: Any,
+    resampler: Any,
+    potential: Any,
+    filter_: Any,
+) -> None:
     if not solver.draws:
         raise ValueError(
             f"steer needs a stochastic solver, as ancestral() or ddim(eta=1.0): copies of a particle under {solver!r}"
@@ -458,7 +521,11 @@ def _check(denoise: Any, solver: Any, other: Any, tilt: bool, twist: Any, resamp
         raise ValueError(f"potential must be difference(), maximum() or total(), got {potential!r}.")
     if hasattr(resampler, "matrix") and (remembers(denoise) or remembers(other) or not potential.telescopes):
         raise ValueError("transported moves states: it needs denoisers without memory and a potential that telescopes.")
-    if (other is not None or tilt) and not hasattr(solver, "kernel"):
+    if filter_ is not None and (twist is not None or not isinstance(potential, Difference)):
+        raise ValueError(f"the filter {filter_!r} brings its own potential: leave twist and potential out.")
+    if filter_ is not None and hasattr(resampler, "matrix"):
+        raise ValueError(f"transported moves states, whose weights the filter {filter_!r} has counted already.")
+    if (other is not None or tilt or filter_ is not None) and not hasattr(solver, "kernel"):
         raise ValueError(
             "a proposal needs a solver with a kernel, of one call, one draw and no history, as ancestral() or"
             f" ddim(eta=1.0), got {solver!r}: use one, or proposal='base'."

@@ -1,0 +1,195 @@
+"""Filters of `diffjax.inverse` in `diffjax.steer`: unbiased evidence, exact posteriors, exact measurements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax import grids, guidance, inverse, oracles, processes, sample, smc, solvers, steer
+from diffjax.levels import value
+
+VP = processes.vp()
+MEAN, COVARIANCE = np.array([0.3, -0.2]), np.array([[1.0, 0.4], [0.4, 0.8]])
+PRIOR = oracles.gaussian(MEAN, COVARIANCE)
+ROW, Y = np.array([1.0, -0.5]), 1.2
+ANCESTRAL: Any = solvers.ancestral()
+GRID = grids.log_snr(VP, 6, stop=0.3)
+NOISES = np.array([1.0, 0.15, 0.0])
+KEYS = jax.random.split(jax.random.key(11), 20_000)
+
+
+@pytest.fixture(autouse=True)
+def double(x64):
+    """All tests here run in float64."""
+
+
+def seen_with(std, row=ROW, y=Y):
+    return inverse.measurement(inverse.matrix(row[None]), np.array([y]), std)
+
+
+FILTERS = {
+    "conjugate": lambda seen, key: inverse.conjugate(seen),
+    "calibrated": lambda seen, key: inverse.conjugate(seen, 0.9),
+    "mcgdiff": lambda seen, key: inverse.mcgdiff(seen),
+    "fps": lambda seen, key: inverse.fps(seen, key),
+    "fps, published": lambda seen, key: inverse.fps(seen, key, once=False),
+}
+UNBIASED = ["conjugate", "calibrated", "mcgdiff", "fps"]
+
+
+def populations(name, particles, stds, keys, prior=PRIOR, grid=GRID, **options):
+    """Leading axes (noises, keys)."""
+
+    def run(std, key):
+        proposal = FILTERS[name](seen_with(std), jax.random.fold_in(key, 1))
+        return steer(
+            key, prior, ANCESTRAL, grid, (2,), particles=particles, proposal=proposal, dtype=jnp.float64, **options
+        )
+
+    return jax.jit(jax.vmap(lambda std: jax.vmap(lambda key: run(std, key))(keys)))(stds)
+
+
+@pytest.fixture(scope="module")
+def chain():
+    """Mean and covariance of the discretised chain at the end of every row, in NumPy, by probing the affine steps."""
+    with jax.enable_x64(True):
+        rows, found = ANCESTRAL.plan(GRID), []
+        mean, covariance = np.zeros(2), np.eye(2) * float(rows.t.sigma[0]) ** 2
+        for i in range(len(GRID)):
+            row = jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), rows)
+            step = lambda x, row=row: np.asarray(ANCESTRAL.kernel(x, PRIOR(x, row.t), row)[0])
+            shift, std = step(jnp.zeros(2)), float(ANCESTRAL.kernel(jnp.zeros(2), jnp.zeros(2), row)[1])
+            slope = np.stack([step(e) - shift for e in jnp.eye(2)], 1)
+            mean, covariance = slope @ mean + shift, slope @ covariance @ slope.T + std**2 * np.eye(2)
+            found.append((float((rows.s.sigma[i] / rows.s.alpha[i]) ** 2), float(rows.s.alpha[i]), mean, covariance))
+    return found
+
+
+def evidence_of_chain(chain, std, widened_last=None):
+    """N(y; A m, A C A^T + what is left of the noise) at the first level that is no noisier than y, or at the last."""
+    b2 = std**2 / (ROW @ ROW)
+    r2, alpha, mean, covariance = next((level for level in chain if level[0] <= b2), chain[-1])
+    if widened_last is not None:  # the exact y in a last step that is noiseless
+        covariance = covariance + widened_last * np.eye(2)
+    variance = ROW @ covariance @ ROW / alpha**2 + (b2 - r2) * (ROW @ ROW)
+    return np.exp(-0.5 * (Y - ROW @ mean / alpha) ** 2 / variance) / np.sqrt(2 * np.pi * variance)
+
+
+@pytest.mark.parametrize("particles", [2, 4])
+@pytest.mark.parametrize("name", UNBIASED)
+def test_evidence_is_unbiased_on_the_natural_scale(name, particles, chain):
+    """Against the discretised chain, whatever the noise: y is taken in at one level, at the end by `conjugate`."""
+    leads_on = name in ("conjugate", "calibrated")
+    stds = NOISES[:2] if leads_on else NOISES
+    found = populations(name, particles, stds, KEYS if name == "fps" else KEYS[:8000])
+    at_the_end = chain[-1:]
+    rows = ANCESTRAL.plan(GRID)
+    last = float(rows.t.sigma[-1] / rows.t.alpha[-1]) ** 2
+    for std, z in zip(stds, np.exp(np.asarray(found.log_z)), strict=True):
+        exact = evidence_of_chain(at_the_end if leads_on else chain, std, last if std == 0 else None)
+        error = z.std() / np.sqrt(z.size)
+        assert error < 0.05 * exact, (error, exact)
+        assert abs(z.mean() - exact) < 4 * error, (std, z.mean(), error, exact)
+    assert (found.nfe == particles * len(GRID)).all() and (found.failed_at == -1).all()
+
+
+MIXTURE = oracles.mixture(np.array([0.4, 0.6]), np.array([[1.0, 0.8], [-0.4, -1.0]]), np.array([0.3, 0.5]))
+
+
+def weighted(name, std, prior, populations_=32):
+    """Means and variances along the measured direction and across, of every population, and their weights."""
+    grid = grids.log_snr(VP, 100, start=VP.level(half_log_snr=-3.0).time)
+    found = populations(name, 128, np.array([std]), KEYS[:populations_], prior, grid)
+    found = jax.tree.map(lambda leaf: np.asarray(leaf[0]), found)
+    along = ROW / np.linalg.norm(ROW)
+    x = found.x @ np.stack([along, [-along[1], along[0]]], 1)
+    w = np.asarray(jax.vmap(smc.normalised)(found.log_weights))
+    return np.einsum("pn,pnd->pd", w, x), np.einsum("pn,pnd->pd", w, x**2), found
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_posterior_of_a_mixture(name):
+    """First and second moments of the exact posterior, within error bars over populations and a step's bias."""
+    after = inverse.posterior(MIXTURE, seen_with(0.5))
+    along = ROW / np.linalg.norm(ROW)
+    basis = np.stack([along, [-along[1], along[0]]], 1)
+    covariances = np.einsum("kde,ke,kfe->kdf", after.vectors, after.variances, after.vectors)
+    means = after.means @ basis
+    seconds = np.einsum("kdf,di,fi->ki", covariances, basis, basis) + means**2
+    first, second, found = weighted(name, 0.5, MIXTURE)
+    share = np.exp(found.log_z - found.log_z.max()) if name == "fps" else np.ones(len(first))
+    share = share / share.sum()
+    for got, exact in ((first, after.weights @ means), (second, after.weights @ seconds)):
+        error = np.sqrt(share**2 @ (got - share @ got) ** 2)
+        assert (error < 0.12).all(), error
+        assert (np.abs(share @ got - exact) < 4 * error + 0.03).all(), (share @ got, exact, error)
+
+
+def test_measuring_anew_at_every_level_is_too_sure():
+    """As published, every level below the noise is one more measurement of the same y; counted once it is one."""
+    exact = inverse.posterior(oracles.gaussian(np.zeros(2), np.eye(2)), seen_with(1.0))
+    along = ROW / np.linalg.norm(ROW)
+    wide = float(along @ (exact.vectors * exact.variances) @ exact.vectors.T @ along)
+    spread = {}
+    for name in ("fps", "fps, published"):
+        first, second, _ = weighted(name, 1.0, oracles.gaussian(np.zeros(2), np.eye(2)))
+        spread[name] = second[:, 0].mean() - first[:, 0].mean() ** 2
+    assert abs(spread["fps"] / wide - 1) < 0.25 and spread["fps, published"] < 0.3 * wide, (spread, wide)
+
+
+def test_weights_are_constant_where_the_data_are_as_assumed():
+    """Data N(0, v I): only the steps' error is left, nothing is resampled, and log Z is the evidence."""
+    prior, grid = oracles.gaussian(np.zeros(2), 0.9 * np.eye(2)), grids.log_snr(VP, 100)
+    found = populations("calibrated", 128, np.array([0.3]), KEYS[:4], prior, grid)
+    assert not found.resampled.any() and found.ess[..., -1].min() > 110
+    np.testing.assert_allclose(found.log_z, inverse.evidence(prior, seen_with(0.3)), atol=0.1)
+
+
+def test_what_is_not_seen_and_constants_of_y():
+    """A rank-deficient operator: log Z is that of the measurement, with what no x explains."""
+    rows = np.stack([ROW, 2 * ROW])  # one direction, seen twice
+    seen = inverse.measurement(inverse.matrix(rows), np.array([Y, 2 * Y + 0.1]), 0.3)
+    prior, grid = oracles.gaussian(np.zeros(2), 0.9 * np.eye(2)), grids.log_snr(VP, 100)
+    found = steer(
+        KEYS[0], prior, ANCESTRAL, grid, (2,), particles=512, proposal=inverse.conjugate(seen, 0.9), dtype=jnp.float64
+    )
+    np.testing.assert_allclose(found.log_z, inverse.evidence(prior, seen), atol=0.1)
+
+
+@value
+class Conditioned:
+    condition: Any
+
+    def __call__(self, x, level):
+        return PRIOR(x, level) + self.condition
+
+
+@pytest.mark.parametrize("proposal", ["base", "filter"])
+def test_calls_left_out_are_not_counted(proposal):
+    """Guidance that stops once estimates agree, here from the second call on, counts what it spent as in `sample`."""
+    guided = guidance.adaptive(Conditioned(jnp.ones(2)), jnp.zeros(2), 2.0, threshold=-1.5)
+    given: Any = inverse.mcgdiff(seen_with(0.3)) if proposal == "filter" else proposal
+    found = steer(KEYS[0], guided, ANCESTRAL, GRID, (2,), particles=3, proposal=given, dtype=jnp.float64)
+    plain = sample(KEYS[0], guided, ANCESTRAL, GRID, shape=(2,), dtype=jnp.float64)
+    assert plain.nfe == len(GRID) + 1 and found.nfe == 3 * plain.nfe
+
+
+def test_bad_input():
+    proposal: Any = inverse.mcgdiff(seen_with(0.3))
+    go: Any = lambda grid=GRID, **options: steer(
+        KEYS[0], PRIOR, ANCESTRAL, grid, (2,), **{"particles": 2, "proposal": proposal, **options}
+    )
+    for match, call in {
+        "brings its own potential": lambda: go(twist=inverse.mmps(seen_with(0.3))),
+        "own potential: leave": lambda: go(potential=smc.total()),
+        "transported": lambda: go(resampler=smc.transported()),
+        "kernel": lambda: go(grid=grids.time_travel(grids.log_snr(VP, 8), 2, 2)),
+        "go back in time": lambda: proposal.check(VP.level(np.array([0.3, 0.5]))),
+        "one noise level": lambda: proposal.check(VP.level(np.array([0.3, 0.2]), trailing=1)),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call()
