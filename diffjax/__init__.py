@@ -25,6 +25,7 @@ from diffjax import phase as phase
 from diffjax import predictions as predictions
 from diffjax import processes as processes
 from diffjax import smc as smc
+from diffjax import smoothing as smoothing
 from diffjax import solvers as solvers
 from diffjax import unnormalised as unnormalised
 from diffjax.levels import Grid as Grid

@@ -1,0 +1,37 @@
+"""Smoothing by composition: kernels with backward and guided forward maps, guided diffusions, optimal control."""
+
+from diffjax.smoothing.composition import chain as chain
+from diffjax.smoothing.composition import copies as copies
+from diffjax.smoothing.composition import identity as identity
+from diffjax.smoothing.composition import observed as observed
+from diffjax.smoothing.composition import parallel as parallel
+from diffjax.smoothing.composition import sequential as sequential
+from diffjax.smoothing.composition import start as start
+from diffjax.smoothing.control import Rollout as Rollout
+from diffjax.smoothing.control import affine_control as affine_control
+from diffjax.smoothing.control import control_loss as control_loss
+from diffjax.smoothing.control import controlled as controlled
+from diffjax.smoothing.control import doob_control as doob_control
+from diffjax.smoothing.control import learn_control as learn_control
+from diffjax.smoothing.control import value_estimate as value_estimate
+from diffjax.smoothing.diffusion import diffusion as diffusion
+from diffjax.smoothing.diffusion import euler as euler
+from diffjax.smoothing.diffusion import linear_sde as linear_sde
+from diffjax.smoothing.diffusion import linearised as linearised
+from diffjax.smoothing.diffusion import reversed_dynamics as reversed_dynamics
+from diffjax.smoothing.discrete import finite as finite
+from diffjax.smoothing.discrete import gamma as gamma
+from diffjax.smoothing.gaussian import gaussian as gaussian
+from diffjax.smoothing.gaussian import linear_gaussian as linear_gaussian
+from diffjax.smoothing.gaussian import normal_prior as normal_prior
+from diffjax.smoothing.potentials import Guided as Guided
+from diffjax.smoothing.potentials import Masses as Masses
+from diffjax.smoothing.potentials import Normal as Normal
+from diffjax.smoothing.potentials import flat as flat
+from diffjax.smoothing.potentials import point as point
+from diffjax.smoothing.potentials import quadratic as quadratic
+from diffjax.smoothing.potentials import table as table
+from diffjax.smoothing.sampling import Filtered as Filtered
+from diffjax.smoothing.sampling import guided_mcmc as guided_mcmc
+from diffjax.smoothing.sampling import particle_filter as particle_filter
+from diffjax.smoothing.sampling import smooth as smooth
