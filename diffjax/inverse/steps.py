@@ -15,7 +15,7 @@ import numpy as np
 
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import pseudo_inverse
-from diffjax.inverse.systems import needs_spectrum, norm
+from diffjax.inverse.systems import misfit, needs_spectrum
 from diffjax.levels import Array, Grid, Info, Level, Row, Solver, Tree, as_value, dot, static, value
 from diffjax.solvers.arguments import number
 
@@ -102,7 +102,7 @@ class GradientStep:
         if getattr(denoise, "memory", None) is not None:
             raise ValueError("a gradient through the denoiser needs one that does not remember.")
         x0, pull = jax.vjp(lambda x: denoise(x, row.t), x)
-        (slope,) = pull(jax.grad(self._misfit)(x0))
+        (slope,) = pull(jax.grad(lambda x0: misfit(self.measurement, x0))(x0))
         after, memory = self.inner.update(noise[self.project :], x, x0, memory, row)
         still = row.t.half_log_snr == row.s.half_log_snr
         after = jax.tree.map(
@@ -111,12 +111,6 @@ class GradientStep:
         if self.project:
             after = jax.tree.map(lambda new, old: jnp.where(still, old, new), self._projected(after, noise[0], row), x)
         return after, memory, Info(x0)
-
-    def _misfit(self, x0: Tree) -> Array:
-        variance = self.measurement.variance(x0)
-        mean = sum(jnp.mean(v) for v in jax.tree.leaves(variance)) / len(jax.tree.leaves(variance))
-        weight = lambda v: jnp.where(mean > 0, jnp.sqrt(mean / jnp.where(v > 0, v, 1.0)), 1.0)
-        return norm(jax.tree.map(lambda r, v: weight(v) * r, self.measurement.residual(x0), variance))
 
     def _projected(self, x: Tree, z: Tree, row: Row) -> Tree:
         known = pseudo_inverse(self.measurement.operator, self.measurement.observed(x))

@@ -121,6 +121,14 @@ def normal_like(key: Array, tree: Tree) -> Tree:
     )
 
 
+def misfit(measurement: Measurement, x0: Tree) -> Array:
+    """``|y - A x0|``, weighted by mean variance / variance where the noise differs from entry to entry."""
+    variance = measurement.variance(x0)
+    mean = sum(jnp.mean(v) for v in jax.tree.leaves(variance)) / len(jax.tree.leaves(variance))
+    weight = lambda v: jnp.where(mean > 0, jnp.sqrt(mean / jnp.where(v > 0, v, 1.0)), 1.0)
+    return norm(jax.tree.map(lambda r, v: weight(v) * r, measurement.residual(x0), variance))
+
+
 def needs_linear(name: str, measurement: Any) -> None:
     """Raise ValueError unless the measurement is one, of a linear operator."""
     if not isinstance(measurement, Measurement):
