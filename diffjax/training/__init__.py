@@ -7,12 +7,14 @@ state = fit(state, train_step(loss, optimiser), batches, steps=2000, folder="run
 
 from diffjax.training import checkpoint, couplings, ema, transfer, weightings
 from diffjax.training.adaptive import curriculum, importance, warped
+from diffjax.training.compact_prior import prior_diffusion, prior_restorer, prior_sampler, restored
 from diffjax.training.exposure import perturbed, scheduled_sampling, unrolled
 from diffjax.training.hybrid import hybrid
 from diffjax.training.loop import fit
 from diffjax.training.losses import denoising
 from diffjax.training.maximisation import maximisation
 from diffjax.training.multitask import aggregated, aggregation_share, head_twist, multitask
+from diffjax.training.noise_predictor import noise_predictor
 from diffjax.training.noise_refinement import noise_refinement
 from diffjax.training.optimal_classifier import Round, Visits, optimal_classifier, visits
 from diffjax.training.optimiser import adam
@@ -54,12 +56,17 @@ __all__ = [
     "mixed",
     "mode",
     "multitask",
+    "noise_predictor",
     "noise_refinement",
     "optimal_classifier",
     "perturbed",
     "picard_consistency",
     "picard_iterates",
     "picard_weights",
+    "prior_diffusion",
+    "prior_restorer",
+    "prior_sampler",
+    "restored",
     "restricted",
     "scheduled_sampling",
     "self_conditioned",
