@@ -36,6 +36,7 @@ EXTRA = {  # arguments without a default
 LAWS = {"evidence", "exact", "posterior"}  # tested against quadrature
 DRIVERS = {"active", "d_flow", "enkg", "expectation_maximisation", "fit_gaussian", "mixed_observation", "thompson"}
 DRIVERS |= {"tractable_steering"}
+DRIVERS |= {"draw_signal", "p2l", "signal"}  # they need a denoiser of their own kind
 NOT_METHODS = {"measurement", "pseudo_inverse", *LAWS, *DRIVERS}  # drivers are of more than one sample or measurement
 
 

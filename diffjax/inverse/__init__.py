@@ -12,6 +12,7 @@ from diffjax.inverse.ensemble import enkg, ensemble_update
 from diffjax.inverse.estimates import diffpir, ilvr, null_space, replacement
 from diffjax.inverse.exact import evidence, exact, posterior
 from diffjax.inverse.filters import conjugate, fps, mcgdiff
+from diffjax.inverse.forward_models import draw_signal, signal, through
 from diffjax.inverse.images import blur, colourisation, downsample, fourier, gaussian_kernel, radon
 from diffjax.inverse.learned_prior import expectation_maximisation, fit_gaussian
 from diffjax.inverse.measurement import Measurement, gaussian_noise, measurement, poisson_noise
@@ -26,6 +27,8 @@ from diffjax.inverse.operators import (
     matrix,
     pseudo_inverse,
 )
+from diffjax.inverse.partial_inversion import NormalNoise, predicted_start
+from diffjax.inverse.prompt_tuning import p2l
 from diffjax.inverse.source import d_flow
 from diffjax.inverse.splitting import daps, pnp_dm
 from diffjax.inverse.steps import ddnm, ddrm, dps, flowchef, lanpaint, mcg
