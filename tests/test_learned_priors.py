@@ -78,3 +78,86 @@ def test_maximisation_goes_on_from_the_last_parameters():
         training.maximisation(oracles.gaussian(0.0, 1.0), loss, training.adam(), steps=1)
     with pytest.raises(ValueError, match="steps"):
         training.maximisation(start, loss, training.adam(), steps=0)
+
+
+@pytest.mark.paper("Thompson Sampling with Diffusion Generative Prior")
+def test_the_optimum_of_the_loss_on_incomplete_data():
+    """Gaussian data, an affine denoiser at one level: slopes and offsets in closed form, within sampling errors.
+
+    Exact with draws of the posterior and no penalty, or with the measurements and penalty 1; a penalty on draws is
+    biased as it says.
+    """
+    mean, variance, std, count = 0.7, 0.5, 0.6, 20_000
+    flow = processes.flow()
+    level = flow.level(0.4)
+    alpha, sigma = 0.6, 0.4
+    affine = lambda params, x, t, condition=None: params[0] * x + params[1]
+    rng = np.random.default_rng(0)
+    x0 = mean + np.sqrt(variance) * rng.normal(size=(count, 2))
+    mask = rng.random((count, 2)) < 0.5
+    y = np.where(mask, x0 + std * rng.normal(size=x0.shape), 0.0)
+    gain = np.where(mask, variance / (variance + std**2), 0.0)
+    draws = mean + gain * (y - mean) + np.sqrt((1 - gain) * variance) * rng.normal(size=x0.shape)
+    x0, y, mask, draws = (jnp.asarray(a, jnp.float32) for a in (x0, y, mask, draws))
+
+    @jax.jit
+    def least(noised, penalty):
+        law = lambda process, u: jax.tree.map(lambda leaf: jnp.asarray(leaf) + 0 * u, level)
+        loss = training.incomplete(predictions.data(flow), affine, std, penalty=penalty, law=law)
+        return tiny.minimum(lambda p: loss(p, jax.random.key(0), noised, y, mask).mean(), jnp.zeros(2))
+
+    bottom = alpha**2 * variance + sigma**2
+    exact = {
+        "draws": (least(draws, None), alpha * variance / bottom),
+        "measured": (least(y, 1.0), alpha * variance / (bottom + alpha**2 * std**2)),
+        "penalised": (least(draws, 1.0), alpha * (variance - std**2) / bottom),
+        "unpenalised": (least(y, 0.0), alpha * (variance + std**2) / (bottom + alpha**2 * std**2)),
+    }
+    for name, (found, slope) in exact.items():
+        np.testing.assert_allclose(found[0], slope, atol=0.04, err_msg=name)
+        np.testing.assert_allclose(found[1], mean - slope * alpha * mean, atol=0.04, err_msg=name)
+    with pytest.raises(ValueError, match="penalty"):
+        training.incomplete(predictions.data(flow), affine, std, penalty=-1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.paper("Thompson Sampling with Diffusion Generative Prior")
+def test_thompson_sampling_with_a_prior_learned_from_incomplete_noisy_tasks():
+    """Six kinds of bandits, whose tasks were seen in half of the arms with noise: regret against a Gaussian prior's.
+
+    The Gaussian is learned from the same data; measured 8.0 against 9.6.
+    """
+    arms, std, count, rounds = 6, 0.5, 1024, 40
+    kinds = 1.0 * np.eye(arms) - 1.0 * np.roll(np.eye(arms), 1, axis=1)
+    law = oracles.mixture(np.ones(arms), kinds, np.full(arms, 0.01))
+    tasks = jax.vmap(law.sample)(jax.random.split(jax.random.key(0), count))
+    mask = jnp.argsort(jax.random.uniform(jax.random.key(1), (count, arms)), axis=1) < arms // 2
+    weights = mask.astype(jnp.float32)
+    y = weights * (tasks + 0.3 * jax.random.normal(jax.random.key(2), tasks.shape))
+    seen = lambda index: inverse.measurement(inverse.diagonal(weights[index]), y[index], 0.3)
+    grid = grids.log_snr(PROCESS, 12, start=0.7)
+
+    def draw(key, prior, seen):
+        guided = guidance.tilted(prior, inverse.pigdm(seen, 0.35))
+        return sample(key, guided, solvers.sde_dpmpp(), grid, shape=(arms,)).x
+
+    em, start = inverse.expectation_maximisation, oracles.gaussian(np.zeros(arms), 0.35)
+    warm, _ = em(jax.random.key(3), start, seen, count, draw, inverse.fit_gaussian, 4)
+    prediction = predictions.edm(PROCESS, 0.6, conditioning="time")
+    network = prediction.decode(tiny.apply, tiny.init(jax.random.key(5), arms, arms, width=64))
+    loss = training.incomplete(prediction, tiny.apply, 0.3)
+    optimiser = training.adam(1e-2, warmup=20, steps=500)
+    learn = training.maximisation(network, loss, optimiser, steps=500, batch=256, ema=training.ema.warmed(0.99))
+    fit = lambda key, prior, draws: learn(key, prior, (draws, y, weights))
+    learned, _ = em(jax.random.key(6), warm, seen, count, draw, fit, 4)
+
+    def regret(key, prior):
+        task = jnp.asarray(kinds)[jax.random.randint(jax.random.fold_in(key, 1), (), 0, arms)]
+        pull = lambda key, arm: task[arm] + std * jax.random.normal(key)
+        out = inverse.thompson(key, lambda key, seen: draw(key, prior, seen), pull, arms, rounds, std=std)
+        return jnp.sum(jnp.max(task) - task[out.arms])
+
+    keys = jax.random.split(jax.random.key(7), 256)
+    both = [np.asarray(jax.jit(jax.vmap(regret, (0, None)))(keys, prior)) for prior in (learned, warm)]
+    gap = both[1] - both[0]
+    assert gap.mean() > 4 * gap.std() / np.sqrt(len(gap))

@@ -28,6 +28,7 @@ from diffjax.guidance.residual import onetime_negative, self_negative
 from diffjax.guidance.rules import apg, rescale, zero_star
 from diffjax.guidance.schedules import interval, ramp, sine
 from diffjax.guidance.skipping import adaptive, fitted_weights, linear_guidance, zero_init
+from diffjax.guidance.soft_value import learned_value, soft_value_loss
 from diffjax.guidance.tilted import tilted
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "gradient",
     "guidance_distillation",
     "interval",
+    "learned_value",
     "likeness",
     "linear_guidance",
     "minority_score",
@@ -83,6 +85,7 @@ __all__ = [
     "self_negative",
     "side_by_side",
     "sine",
+    "soft_value_loss",
     "tangential",
     "tilted",
     "weak_to_strong",

@@ -10,6 +10,7 @@ from diffjax.training.adaptive import curriculum, importance, warped
 from diffjax.training.compact_prior import prior_diffusion, prior_restorer, prior_sampler, restored
 from diffjax.training.exposure import perturbed, scheduled_sampling, unrolled
 from diffjax.training.hybrid import hybrid
+from diffjax.training.incomplete import incomplete
 from diffjax.training.loop import fit
 from diffjax.training.losses import denoising
 from diffjax.training.maximisation import maximisation
@@ -21,6 +22,7 @@ from diffjax.training.optimiser import adam
 from diffjax.training.pairs import guided, learned_coupling
 from diffjax.training.picard import picard_consistency, picard_iterates, picard_weights
 from diffjax.training.precision import mixed
+from diffjax.training.progressive import Stage, halved, halvings, progressive_distillation, two_steps
 from diffjax.training.self_conditioning import Stacked, self_conditioned, stacked
 from diffjax.training.step import Metrics, TrainState, data_mesh, init, train_step, update
 from diffjax.training.times import cosmap, log_normal, log_snr, logit_normal, mode, restricted, shifted, uniform
@@ -31,6 +33,7 @@ __all__ = [
     "Metrics",
     "Round",
     "Stacked",
+    "Stage",
     "TrainState",
     "Visits",
     "adam",
@@ -45,8 +48,11 @@ __all__ = [
     "ema",
     "fit",
     "guided",
+    "halved",
+    "halvings",
     "hybrid",
     "importance",
+    "incomplete",
     "init",
     "learned_coupling",
     "log_normal",
@@ -66,6 +72,7 @@ __all__ = [
     "prior_diffusion",
     "prior_restorer",
     "prior_sampler",
+    "progressive_distillation",
     "restored",
     "restricted",
     "scheduled_sampling",
@@ -75,6 +82,7 @@ __all__ = [
     "surgery",
     "train_step",
     "transfer",
+    "two_steps",
     "uniform",
     "unrolled",
     "unweighted",
