@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from diffjax.corrections.transform import Plain, Remembering, check_within, condition_within, evaluations, transformed
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import pseudo_inverse
-from diffjax.inverse.systems import level_key, needs_linear, needs_spectrum, normal_like, proximal
+from diffjax.inverse.systems import level_key, needs_linear, needs_spectrum, normal_like, one_level, proximal
 from diffjax.levels import Array, Level, Tree, as_value, remembers, static, value
 from diffjax.solvers.arguments import number
 
@@ -151,7 +151,10 @@ class Replaced:
         return self.project(jax.tree.map(jnp.subtract, new, old))
 
     condition = property(condition_within)
-    check = check_within
+
+    def check(self, t: Level) -> None:
+        one_level("replacement", t, self.measurement.operator)
+        check_within(self, t)
 
     def evaluations(self, level: Level) -> Array:
         return evaluations(self.denoise, level)

@@ -29,7 +29,7 @@ import numpy as np
 
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import pseudo_inverse, shapes
-from diffjax.inverse.systems import needs_spectrum, normal_like
+from diffjax.inverse.systems import needs_spectrum, normal_like, one_level
 from diffjax.levels import Array, Level, Row, Tree, dot, is_traced, root, static, value
 
 
@@ -123,8 +123,7 @@ class Potential(NamedTuple):
 
 
 def _check(self: Any, t: Level) -> None:
-    if np.ndim(t.alpha) > 1:
-        raise ValueError(f"a filter needs one noise level for the whole state, got {np.shape(t.alpha)[1:]}.")
+    one_level("a filter", t)
     if not is_traced(t) and np.any(np.diff(np.asarray(t.half_log_snr, np.float64)) < 0):
         raise ValueError("a filter follows a path of falling noise: the grid must not go back in time.")
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.inverse.operators import Shapes, shapes, shapes_of
-from diffjax.levels import Array, Tree, is_traced, value
+from diffjax.inverse.standard import Standard, StandardFunction, standardised
+from diffjax.levels import Array, Process, Tree, is_traced, value
 
 
 def gaussian_noise(std: Tree = 0.1) -> GaussianNoise:
@@ -131,6 +132,36 @@ class Measurement:
     y: Tree
     noise: Any
     factory = "measurement"
+
+    def under(self, process: Process) -> Measurement:
+        """The same measurement as one of the standard state of ``process``, where that has coordinates, else itself.
+
+        Denoisers, twists and solvers live there (`diffjax.coordinates`): ``y - A m_0 = (A B) z_0 + n``.  Samplers enter
+        and leave data as ever.  A spectrum is kept by isometries (a shift, an orthogonal basis); for other linear
+        coordinates of small samples `decomposed` makes one.  Functions that draw (`daps`, `pnp_dm`, `red_diff`) take
+        the measurement of data and do this themselves.
+
+        Raises ValueError where the coordinates are not of the operator's samples, and for a measurement that has been
+        under a process already.
+
+        >>> import diffjax, jax.numpy as jnp
+        >>> process = diffjax.processes.changed(diffjax.processes.vp(), diffjax.coordinates.shifted(jnp.ones(2)))
+        >>> seen = measurement(diffjax.inverse.identity((2,)), jnp.array([3.0, 0.0]), 0.5)
+        >>> [float(entry) for entry in seen.under(process).y]
+        [2.0, -1.0]
+        """
+        if process.coordinates is None:
+            return self
+        if not self.of_data:
+            raise ValueError(f"the measurement is one of a standard state already: {self!r}.")
+        shiftable = isinstance(self.noise, GaussianNoise)
+        operator, y = standardised(self.operator, self.y, process, shiftable)
+        return Measurement(operator, y, self.noise)
+
+    @property
+    def of_data(self) -> bool:
+        """Whether the operator acts on data, which a sampler of a process with coordinates refuses."""
+        return not isinstance(self.operator, Standard | StandardFunction)
 
     def log_likelihood(self, x0: Tree) -> Array:
         """log p(y | x0) in nats."""

@@ -2,7 +2,8 @@
 
 Both alternate a draw that knows the prior, a short run of any solver from a noisy state, with a draw that knows the
 measurement, of N(x; centre, std^2 I) p(y | x): exact where the operator is linear and the noise Gaussian, by Langevin
-steps otherwise.  The network is not differentiated, and the operator may be any function.
+steps otherwise.  The network is not differentiated, and the operator may be any function.  Under a process with
+coordinates both draws are of the standard state: what is given and returned is data, and widths are of that state.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from diffjax.grids.times import times
 from diffjax.inverse.measurement import GaussianNoise, Measurement
 from diffjax.inverse.systems import normal_like, proximal
 from diffjax.levels import (
+    CLEAN,
     UNSAVED,
     Array,
     Grid,
@@ -187,13 +189,13 @@ def _alternate(
     renoise: bool,
 ) -> Sample:
     number("rate", rate, 1e-9)
-    if grids[0].process.coordinates is not None:
-        raise ValueError(f"the measurement is of data, so the process must have no coordinates: {grids[0].process!r}.")
+    process = grids[0].process
+    measurement = measurement.under(process)
     denoise = as_value(denoise)
     plans = [planned(denoise, solver, grid, None, None) for grid in grids]
     rows = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves), dtype), *[plan.rows for plan in plans])
     start_key, key = jax.random.split(key)
-    x = grids[0].process.standard_prior(start_key, shape, dtype, grids[0].start)
+    x = process.standard_prior(start_key, shape, dtype, grids[0].start)
     solver = plans[0].solver
     keys = jax.random.split(key, len(grids))
     stds = jnp.asarray(stds, dtype)
@@ -226,11 +228,13 @@ def _alternate(
     zero = jnp.zeros((), jnp.int32)
     given = jnp.arange(len(grids), dtype=jnp.int32), keys, rows, stds, later
     (_, nfe, failed), results = jax.lax.scan(body, (x, zero, zero - 1), given)
-    result = jax.tree.map(lambda leaf: leaf[-1], results)
+    result = process.leave(jax.tree.map(lambda leaf: leaf[-1], results), CLEAN)
     return Sample(result, nfe, nfe, failed, UNSAVED)
 
 
 def _level_at(process: Process, std: float) -> Level:
+    if getattr(process.schedule, "trailing", 0):
+        raise ValueError(f"a round starts at one noise level, and {process!r} has many at one time.")
     noisiest = np.exp(-np.asarray(process.level(process.end).half_log_snr, np.float64))
     if not 0 < std <= noisiest * (1 + 1e-9):
         raise ValueError(f"stds must be above 0 and at most the process's {noisiest}, got {std!r}.")

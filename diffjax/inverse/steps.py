@@ -15,7 +15,7 @@ import numpy as np
 
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import pseudo_inverse
-from diffjax.inverse.systems import misfit, needs_spectrum
+from diffjax.inverse.systems import misfit, needs_spectrum, one_level
 from diffjax.levels import Array, Grid, Info, Level, Row, Solver, Tree, as_value, dot, static, value
 from diffjax.solvers.arguments import number
 
@@ -90,7 +90,12 @@ class GradientStep:
     embedded = False
     calls = 1
     renoises = _inner("renoises", False)
-    plan, init = _plan, _init
+    init = _init
+
+    def plan(self, grid: Grid) -> Row:
+        if self.project:
+            one_level("mcg", grid.t, self.measurement.operator)
+        return self.inner.plan(grid)
 
     @property
     def draws(self) -> int:
@@ -210,7 +215,7 @@ class NullSpaceStep:
     init = _init
 
     def plan(self, grid: Grid) -> Row:
-        _one_level("ddnm", grid)
+        one_level("ddnm", grid.t)
         return self.inner.plan(grid)
 
     def step(
@@ -286,7 +291,7 @@ class DDRM:
     embedded = False
 
     def plan(self, grid: Grid) -> Row:
-        _one_level("ddrm", grid)
+        one_level("ddrm", grid.t)
         return Row(grid.t, grid.s, ())
 
     def init(self, x: Tree) -> Tree:
@@ -408,7 +413,11 @@ class LanPaint:
     weak_order = 0
     embedded = False
     renoises = _inner("renoises", False)
-    plan, init = _plan, _init
+    init = _init
+
+    def plan(self, grid: Grid) -> Row:
+        one_level("lanpaint", grid.t, self.measurement.operator)
+        return self.inner.plan(grid)
 
     @property
     def calls(self) -> int:
@@ -464,8 +473,3 @@ def _noise_variance(measurement: Measurement, like: Tree) -> Array:
 def _root(square: Array) -> Array:
     positive = square > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
-
-
-def _one_level(name: str, grid: Grid) -> None:
-    if np.ndim(grid.t.alpha) > 1:
-        raise ValueError(f"{name} needs one noise level for the whole state, got {np.shape(grid.t.alpha)[1:]}.")

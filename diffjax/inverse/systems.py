@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg, gmres
 
 from diffjax.inverse.measurement import Measurement
+from diffjax.inverse.operators import Diagonal, Mask
 from diffjax.levels import Array, Level, Tree, dot, static, value
 
 DENSE = 32  # measurements up to which "auto" makes the matrix
@@ -144,6 +146,12 @@ def needs_spectrum(name: str, measurement: Any) -> None:
         raise ValueError(f"{name} needs an operator with a spectrum (decomposed), got {measurement.operator!r}.")
     if not measurement.isotropic:
         raise ValueError(f"{name} needs Gaussian noise of one standard deviation, got {measurement.noise!r}.")
+
+
+def one_level(name: str, t: Level, operator: Any = None) -> None:
+    """Raise ValueError for levels per entry, but where the operator looks at every entry by itself."""
+    if np.ndim(t.alpha) > 1 and not isinstance(operator, Diagonal | Mask):
+        raise ValueError(f"{name} needs one noise level for the whole state, got {np.shape(t.alpha)[1:]}.")
 
 
 def _safe(number: Array) -> Array:

@@ -28,7 +28,7 @@ import numpy as np
 
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import cospectral, log_determinant
-from diffjax.inverse.systems import Solve, ends, level_key, needs_linear, needs_spectrum, normal_like
+from diffjax.inverse.systems import Solve, ends, level_key, needs_linear, needs_spectrum, normal_like, one_level
 from diffjax.levels import Array, Level, Tree, dot, is_traced, static, value
 from diffjax.solvers.arguments import choice
 
@@ -134,8 +134,7 @@ class Noised:
         return log_h, denoise(x, level), slope
 
     def check(self, t: Level) -> None:
-        if np.ndim(t.alpha) > 1:
-            raise ValueError(f"noised needs one noise level for the whole state, got {np.shape(t.alpha)[1:]}.")
+        one_level("noised", t)
 
     def log_value(self, x: Tree, level: Level) -> Array:
         """log h at a state."""

@@ -10,7 +10,19 @@ import numpy as np
 
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.systems import normal_like
-from diffjax.levels import UNSAVED, Array, Grid, Sample, Tree, all_finite, as_value, is_traced, remembers, value
+from diffjax.levels import (
+    CLEAN,
+    UNSAVED,
+    Array,
+    Grid,
+    Sample,
+    Tree,
+    all_finite,
+    as_value,
+    is_traced,
+    remembers,
+    value,
+)
 from diffjax.samplers.sequential import Counter
 from diffjax.solvers.arguments import number
 
@@ -59,6 +71,7 @@ def red_diff(
         denoise.check(grid.t)
     kind = jnp.result_type(*jax.tree.leaves(x))
     levels = jax.tree.map(lambda leaf: jnp.asarray(leaf, kind), grid.t)
+    x, measurement = grid.process.enter(x, CLEAN), measurement.under(grid.process)
 
     def body(carry: tuple, given: tuple) -> tuple:
         mu, state, nfe, failed = carry
@@ -78,7 +91,7 @@ def red_diff(
     zero = jnp.zeros((), jnp.int32)
     carry = x, optimiser.init(x), zero, zero - 1
     (mu, _, nfe, failed), _ = jax.lax.scan(body, carry, (jnp.arange(len(grid), dtype=jnp.int32), levels))
-    return Sample(mu, nfe, nfe, failed, UNSAVED)
+    return Sample(grid.process.leave(mu, CLEAN), nfe, nfe, failed, UNSAVED)
 
 
 def adam(rate: Array = 0.1, first: float = 0.9, second: float = 0.99) -> Adam:

@@ -143,6 +143,7 @@ class Plan(NamedTuple):
 def planned(denoise: Any, solver: Solver, grid: Grid, start: Array | None, noise: Any) -> Plan:
     """The plan of a run, checked by the noise source and the denoiser."""
     process = grid.process
+    refuse_of_data(process, denoise, solver)
     given = grid.start if start is None else CLEAN
     grid = dataclasses.replace(grid, process=dataclasses.replace(process, coordinates=None))
     if grid.gaps:
@@ -159,6 +160,19 @@ def planned(denoise: Any, solver: Solver, grid: Grid, start: Array | None, noise
     else:
         keep, std = (leaf[0] for leaf in (rows.t.alpha, rows.t.sigma))
     return Plan(solver, rows, process, given, (keep, std))
+
+
+def refuse_of_data(process: Process, *parts: Any) -> None:
+    """Raise ValueError for something that acts on data where what it is given is in the coordinates of a process."""
+    if process.coordinates is None:
+        return
+    marked = lambda node: getattr(node, "of_data", None) is not None
+    for node in jax.tree.leaves(parts, is_leaf=marked):
+        if marked(node) and node.of_data:
+            raise ValueError(
+                f"{node!r} is of data, but denoisers and solvers see the standard state of {process!r}: give"
+                " measurement.under(process)."
+            )
 
 
 def entered(key: Array, plan: Plan, shape: tuple[int, ...] | None, x: Tree | None, dtype: Any) -> Tree:

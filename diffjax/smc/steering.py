@@ -39,7 +39,16 @@ from diffjax.levels import (
     remembers,
     value,
 )
-from diffjax.samplers.sequential import Counter, check_arguments, entered, initial_evaluations, left, planned, size
+from diffjax.samplers.sequential import (
+    Counter,
+    check_arguments,
+    entered,
+    initial_evaluations,
+    left,
+    planned,
+    refuse_of_data,
+    size,
+)
 from diffjax.samplers.shared import cast, inline, integer
 from diffjax.smc.particles import (
     EARLY,
@@ -163,6 +172,7 @@ def steer(
     tilt = twist is not None and isinstance(proposal, str) and proposal == "tilted"
     plan = planned(denoise, solver, grid, None, None)
     _check(denoise, plan.solver, other, tilt, twist, resampler, potential, filter_)
+    refuse_of_data(grid.process, twist, other, filter_)
     denoise, twist, other = as_value(denoise), as_value(twist), as_value(other)
     for part in (other, twist, filter_):
         if part is not None and hasattr(part, "check"):
