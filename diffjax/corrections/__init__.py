@@ -4,6 +4,7 @@ from diffjax.corrections.analytic_start import analytic_start
 from diffjax.corrections.calibrated import calibrated
 from diffjax.corrections.dualfast import dualfast
 from diffjax.corrections.epsilon_scaling import epsilon_scaled, variance_gap
+from diffjax.corrections.patchwise import patchwise
 from diffjax.corrections.switched import switched
 from diffjax.corrections.thresholding import clipped, thresholded
 from diffjax.corrections.time_shift import time_shifted
@@ -14,6 +15,7 @@ __all__ = [
     "clipped",
     "dualfast",
     "epsilon_scaled",
+    "patchwise",
     "switched",
     "thresholded",
     "time_shifted",

@@ -1,4 +1,4 @@
-"""Distances between sets of samples, as pure functions of arrays.
+"""Distances between sets of samples, and of reconstructions to the truth, as pure functions of arrays.
 
 A set has shape (N, ...): N samples, flattened to vectors of length D where a metric compares vectors.  Concrete
 arrays are measured in float64 on the host, because the differences that matter are small; traced ones in their own
@@ -10,6 +10,7 @@ samples.
 
 from diffjax.metrics.classifier import accuracy
 from diffjax.metrics.frechet import frechet_distance, gaussian_frechet_distance
+from diffjax.metrics.images import psnr, ssim
 from diffjax.metrics.kernel import kid, median_bandwidth, mmd
 from diffjax.metrics.neighbours import PrecisionRecall, nearest_distance, precision_recall
 from diffjax.metrics.summary import Comparison, Summary, compare, merged, summary
@@ -29,7 +30,9 @@ __all__ = [
     "mmd",
     "nearest_distance",
     "precision_recall",
+    "psnr",
     "sinkhorn_divergence",
     "sliced_wasserstein",
+    "ssim",
     "summary",
 ]
