@@ -17,6 +17,12 @@ from diffjax.smc.mcmc import uhmc as uhmc
 from diffjax.smc.mcmc import ula as ula
 from diffjax.smc.particles import lineage as lineage
 from diffjax.smc.rates import log_weight_rate as log_weight_rate
+from diffjax.smc.reflection import History as History
+from diffjax.smc.reflection import Refined as Refined
+from diffjax.smc.reflection import history_tokens as history_tokens
+from diffjax.smc.reflection import history_vector as history_vector
+from diffjax.smc.reflection import reflect as reflect
+from diffjax.smc.reflection import reflections as reflections
 from diffjax.smc.resampling import effective_size as effective_size
 from diffjax.smc.resampling import log_mean as log_mean
 from diffjax.smc.resampling import multinomial as multinomial
