@@ -110,8 +110,9 @@ def weak_to_strong(denoise: Any, weak: Any, grid: Grid, steps: int | None = None
 
         x0 = x0_strong(x~) + x0_strong(x) - x0_weak(x_s):
 
-    with `solvers.ddim` on ``grid`` that is the paper's algorithm to round-off, and every other solver runs as well.
-    For small steps it is `autoguidance` with scale 2.  Three network evaluations where it reflects, else one.
+    with `solvers.ddim` on ``grid`` that is the paper's algorithm to round-off, but for the weak model's level: here it
+    is that of x_s, where the paper inverts with the level of t at x_s.  Every other solver runs as well.  For small
+    steps it is `autoguidance` with scale 2.  Three network evaluations where it reflects, else one.
 
     Args:
         denoise: the strong denoiser.

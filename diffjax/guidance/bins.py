@@ -39,7 +39,7 @@ def bin_probability(apply: Callable[..., Array], params: Tree, process: Process,
 
     With bins of the minority score (`minority_score`) guidance towards a high bin makes rare data.
 
-    Don't Play Favorites: Minority Guidance for Diffusion Models, arXiv:2301.12334, equation 9 (the ordinal classifier).
+    Don't Play Favorites: Minority Guidance for Diffusion Models, arXiv:2301.12334 (the ordinal classifier).
     """
     return BinProbability(params, process, bin, apply)
 
@@ -68,7 +68,7 @@ def expected_tilt(
         rewards: (K,), what stands for each bin: its middle, or its mean.
         eta: strength of the tilt, the inverse of the KL regularisation.
 
-    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666, equation 6.
+    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666.
     """
     return ExpectedTilt(params, process, rewards, eta, apply)
 

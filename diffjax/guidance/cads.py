@@ -30,8 +30,7 @@ def cads(denoise: Any, key: Array, noise: Array = 0.25, low: Array = 0.6, high: 
         low, high: 0 <= low <= high <= 1, the paper's tau_1 and tau_2.
         mix: the paper's psi, in [0, 1].
 
-    CADS: Unleashing the Diversity of Diffusion Models through Condition-Annealed Sampling, arXiv:2310.17347,
-    equations 3 to 5.
+    CADS: Unleashing the Diversity of Diffusion Models through Condition-Annealed Sampling, arXiv:2310.17347.
 
     Raises ValueError for a denoiser that remembers, one without a condition or with integers in it, and numbers out
     of range.

@@ -34,8 +34,7 @@ def characteristic(denoise: Any, null: Tree, scale: Any = 1.0, iterations: int =
 
     ``2 (iterations + 1)`` network evaluations, in iterations + 1 batched calls.
 
-    Characteristic Guidance: Non-linear Correction for Diffusion Model at Large Guidance Scale, arXiv:2312.07586,
-    section 5.
+    Characteristic Guidance: Non-linear Correction for Diffusion Model at Large Guidance Scale, arXiv:2312.07586.
 
     Raises ValueError as `classifier_free`, and unless iterations and history are integers of at least 0.
     """

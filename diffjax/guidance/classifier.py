@@ -35,7 +35,7 @@ def classifier(
 
     Network evaluations: those of ``denoise`` (its derivative and the classifier are not counted).
 
-    Diffusion Models Beat GANs on Image Synthesis, arXiv:2105.05233, equation 14 (on the state), and
+    Diffusion Models Beat GANs on Image Synthesis, arXiv:2105.05233 (on the state), and
     Elucidating The Design Space of Classifier-Guided Diffusion Generation, arXiv:2310.11311 (a classifier of clean data
     on the estimate, two temperatures, a scale that is largest in the middle).
 
@@ -58,7 +58,7 @@ def class_twist(
         label: the class, an integer.
         joint, marginal: inverse temperatures, at least 0.
 
-    Elucidating The Design Space of Classifier-Guided Diffusion Generation, arXiv:2310.11311, section 3.
+    Elucidating The Design Space of Classifier-Guided Diffusion Generation, arXiv:2310.11311.
 
     Raises ValueError for temperatures below 0, or another ``on``.
     """

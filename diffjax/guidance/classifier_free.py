@@ -32,7 +32,7 @@ def classifier_free(denoise: Any, null: Tree, scale: Any = 1.0, rule: Any = None
     Two network evaluations; one where a scale that is a function of the level is 1: that is decided in the compiled
     loop, not by masking (under a `jax.vmap` over scales both are made).
 
-    Classifier-Free Diffusion Guidance, arXiv:2207.12598, equation 6 (scale = 1 + w).
+    Classifier-Free Diffusion Guidance, arXiv:2207.12598 (scale = 1 + w).
 
     Raises ValueError if ``denoise`` has no condition, null does not fit it, or a concrete scale is not finite.
     """
@@ -157,7 +157,7 @@ def composed(denoise: Any, null: Tree, conditions: Tree, scales: Array) -> Compo
         conditions: like the denoiser's condition, with a leading axis K.
         scales: (K,), finite.
 
-    Compositional Visual Generation with Composable Diffusion Models, arXiv:2206.01714, equations 11 and 13.
+    Compositional Visual Generation with Composable Diffusion Models, arXiv:2206.01714.
 
     Raises ValueError if ``denoise`` has no condition, if shapes do not fit, or for scales that are not finite.
     """

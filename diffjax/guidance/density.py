@@ -172,7 +172,7 @@ def score_alignment(flow: Callable[[Tree], Tree], start: Callable[[Tree], Tree],
 
     Returns a function of the state of noise, to a scalar.
 
-    Devil is in the Details: Density Guidance for Detail-Aware Generation with Flow Models, arXiv:2502.05807, section 3.
+    Devil is in the Details: Density Guidance for Detail-Aware Generation with Flow Models, arXiv:2502.05807.
     """
 
     def alignment(x: Tree) -> Array:

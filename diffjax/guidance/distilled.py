@@ -41,7 +41,7 @@ def guidance_distillation(
         weighting: ``weighting(level) -> number``; default ``max(SNR, 1)``, the paper's, which is the larger of the
             squared errors of x_0 and of the noise.
 
-    On Distillation of Guided Diffusion Models, arXiv:2210.03142, equation 3 (stage one).
+    On Distillation of Guided Diffusion Models, arXiv:2210.03142 (stage one).
 
     Raises ValueError unless low < high.
     """

@@ -24,7 +24,7 @@ def energy(apply: Callable[..., Array], params: Tree, process: Process) -> Energ
     Trained by `contrastive_energy` it is log E[exp(-beta E(x_0)) | x_t] up to a constant of the level.
 
     Contrastive Energy Prediction for Exact Energy-Guided Diffusion Sampling in Offline Reinforcement Learning,
-    arXiv:2304.12824, theorem 3.1.
+    arXiv:2304.12824.
     """
     return Energy(params, process, apply)
 
@@ -70,7 +70,7 @@ def contrastive_energy(
         law: of the levels, a quantile function ``(process, u) -> Level``; default times uniform in (0, end).
 
     Contrastive Energy Prediction for Exact Energy-Guided Diffusion Sampling in Offline Reinforcement Learning,
-    arXiv:2304.12824, equation 10.
+    arXiv:2304.12824.
 
     Raises ValueError for a group below 2, another normalise and, when called, for a batch that the group does not
     divide.

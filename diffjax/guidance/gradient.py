@@ -33,7 +33,7 @@ def gradient(denoise: Any, potential: Any, scale: Any = 1.0) -> Gradient | Remem
         potential: ``F(x, level) -> scalar``, best a pytree, or a tuple of potentials, which are summed.
         scale: a number, or a tuple of as many as there are potentials.
 
-    More Control for Free! Image Synthesis with Semantic Diffusion Guidance, arXiv:2112.05744, algorithm 1.
+    More Control for Free! Image Synthesis with Semantic Diffusion Guidance, arXiv:2112.05744.
 
     Raises ValueError if the numbers of potentials and scales differ or a concrete scale is not finite.
 
@@ -121,7 +121,7 @@ def likeness(reference: Tree, eps: Tree, features: Any = None, statistics: str =
         statistics: "content" compares the features place by place; "style" their Gram matrices, the mean over all
             places of the products of two channels (last axis), which do not know where anything is.
 
-    More Control for Free! Image Synthesis with Semantic Diffusion Guidance, arXiv:2112.05744, equations 9 to 11.
+    More Control for Free! Image Synthesis with Semantic Diffusion Guidance, arXiv:2112.05744.
 
     Raises ValueError for other statistics.
     """

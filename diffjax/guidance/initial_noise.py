@@ -58,7 +58,7 @@ def optimised_noise(
 
     Evaluations of the loss with its gradient: ``steps`` a round.
 
-    InitNO: Boosting Text-to-Image Diffusion Models via Initial Noise Optimization, arXiv:2404.04650, section 3.3.
+    InitNO: Boosting Text-to-Image Diffusion Models via Initial Noise Optimization, arXiv:2404.04650.
 
     Raises ValueError unless steps and rounds are positive and concrete bounds are above 0.
     """

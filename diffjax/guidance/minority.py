@@ -45,7 +45,7 @@ def minority_score(
         draws: of the noise, whose mean is taken.
         measure: the distance of two trees; the papers take LPIPS.
 
-    Don't Play Favorites: Minority Guidance for Diffusion Models, arXiv:2301.12334, equation 7.
+    Don't Play Favorites: Minority Guidance for Diffusion Models, arXiv:2301.12334.
     """
     score = lambda key: measure(x0, denoise(_renoised(key, x0, level), level))
     return jax.vmap(score)(jax.random.split(key, draws)).mean()
@@ -80,7 +80,7 @@ def self_minority(
 
     At alpha = 0 and at sigma = 0 the estimate is left as it is.
 
-    Self-Guided Generation of Minority Samples Using Diffusion Models, arXiv:2407.11555, equation 9 and section 3.2.
+    Self-Guided Generation of Minority Samples Using Diffusion Models, arXiv:2407.11555.
 
     Raises ValueError for a denoiser that remembers and a concrete scale that is not finite.
     """

@@ -31,7 +31,7 @@ def refined_noise(
 
     Returns the refined state.  Calls of the direction: ``steps``.
 
-    Noise-Level Diffusion Guidance: Well Begun is Half Done, arXiv:2509.13936, algorithm 1.
+    Noise-Level Diffusion Guidance: Well Begun is Half Done, arXiv:2509.13936.
 
     Raises ValueError unless steps is an integer of at least 0, rate finite and limit above 0.
     """

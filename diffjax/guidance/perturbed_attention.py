@@ -39,7 +39,7 @@ def perturbed_attention(
         null: the condition that means "not told"; None for no classifier-free guidance.
         condition_scale: of classifier-free guidance, with ``null``.
 
-    Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance, arXiv:2403.17377, equation 16 (u = 1).
+    Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance, arXiv:2403.17377 (u = 1).
     Fine-Grained Perturbation Guidance via Attention Head Selection, arXiv:2506.10978, section 4 (SoftPAG: single heads,
     u between 0 and 1).
 
@@ -111,7 +111,7 @@ def search_heads(objective: Callable[[Array], Array], shape: tuple[int, int], ro
     it is traced once, and called ``layers * heads`` times a round, one candidate after the other.  Compare samples of
     the same keys.  A round never takes a head twice.
 
-    Fine-Grained Perturbation Guidance via Attention Head Selection, arXiv:2506.10978, section 5 (HeadHunter).
+    Fine-Grained Perturbation Guidance via Attention Head Selection, arXiv:2506.10978, section 4.1 (HeadHunter).
 
     Raises ValueError unless ``rounds * each`` heads exist.
     """

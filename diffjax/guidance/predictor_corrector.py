@@ -31,7 +31,8 @@ def predictor_corrector(
 
         sample(key, predictor_corrector(denoise, null, scale, correctors=K), langevin(ddim(), K, size=...), grid, ...)
 
-    is the paper's PCG: its correctors keep to the law p(x_t | c)^scale p(x_t)^(1 - scale) of every level, so that the
+    is the paper's PCG (which predicts first: the same in between, with correctors after the last prediction and none
+    before the first): its correctors keep to the law p(x_t | c)^scale p(x_t)^(1 - scale) of every level, so that the
     samples follow the powered law of the data the better the more they are, which guided samplers without them do not.
     A denoiser that remembers the number of the call.  Two network evaluations a corrector's call, one a predictor's;
     under `jax.vmap` over keys too.

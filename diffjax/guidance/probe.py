@@ -28,7 +28,7 @@ def probe(apply: Callable[..., Tree], params: Tree, target: Tree) -> Probe:
             what the denoiser's network returns with ``features=True`` (`diffjax.networks`).
         target: the condition that is asked for.
 
-    LaCon: Late-Constraint Diffusion for Steerable Guided Image Synthesis, arXiv:2305.11520, equations 4 and 5.
+    LaCon: Late-Constraint Diffusion for Steerable Guided Image Synthesis, arXiv:2305.11520.
     """
     return Probe(params, target, apply)
 
@@ -53,7 +53,7 @@ def probe_loss(network: Any, apply: Callable[..., Tree], law: Any = None) -> Pro
     sample, ``law`` that of the levels, a quantile function ``(process, u) -> Level``; default times uniform in
     (0, end).
 
-    LaCon: Late-Constraint Diffusion for Steerable Guided Image Synthesis, arXiv:2305.11520, equation 3.
+    LaCon: Late-Constraint Diffusion for Steerable Guided Image Synthesis, arXiv:2305.11520.
     """
     return ProbeLoss(network, law, apply)
 

@@ -40,7 +40,7 @@ def self_negative(denoise: Any, reference: Tree, scale: Array = 1.0, delta: Arra
         scale: as in `classifier_free`; 1 is no guidance.
         delta: the share of the virtual residual noise; other than 1 only where alpha > 0.
 
-    StreamDiffusion: A Pipeline-level Solution for Real-time Interactive Generation, arXiv:2312.12491, section 3.2
+    StreamDiffusion: A Pipeline-level Solution for Real-time Interactive Generation, arXiv:2312.12491
     (self-negative).
 
     Raises ValueError for a denoiser that remembers, a concrete scale or delta that is not finite and, on a grid that
@@ -64,7 +64,7 @@ def onetime_negative(denoise: Any, null: Tree, level: Level, scale: Array = 1.0,
         scale: as in `classifier_free`; 1 is no guidance.
         delta: the share of the virtual residual noise; other than 1 only where alpha > 0.
 
-    StreamDiffusion: A Pipeline-level Solution for Real-time Interactive Generation, arXiv:2312.12491, section 3.2
+    StreamDiffusion: A Pipeline-level Solution for Real-time Interactive Generation, arXiv:2312.12491
     (onetime-negative).
 
     Raises ValueError as `self_negative`, for a denoiser without a condition, and on a grid that begins elsewhere.

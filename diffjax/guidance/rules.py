@@ -86,7 +86,7 @@ def apg(parallel: Array = 0.0, norm: Array = np.inf, momentum: Array = 0.0) -> P
         norm: the largest norm of d over the sample (the paper's r), above 0.
         momentum: of d from call to call (the paper's beta), mostly negative: -0.5 reduces what is repeated.
 
-    Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models, arXiv:2410.02416, section 5.
+    Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models, arXiv:2410.02416, algorithm 1.
 
     Raises ValueError unless parallel and momentum are finite and norm > 0.
     """
@@ -143,7 +143,7 @@ def zero_star(of: str = "flow") -> ZeroStar:
     ``y = y_strong + (scale - 1) (y_strong - s y_weak)``, s = <y_strong, y_weak> / |y_weak|^2.  The other half of the
     paper, no motion in the first steps, is `diffjax.guidance.zero_init`, which composes with any guidance.
 
-    CFG-Zero*: Improved Classifier-Free Guidance for Flow Matching Models, arXiv:2503.18886, equations 9 and 11.
+    CFG-Zero*: Improved Classifier-Free Guidance for Flow Matching Models, arXiv:2503.18886.
 
     Raises ValueError for another ``of``.
     """

@@ -27,7 +27,7 @@ def zero_init(denoise: Any, share: Array = 0.04) -> ZeroInit:
     There the velocity eps - x0 of the flow is 0, and the network is not called: early in training its first steps lead
     away, and no step is better.  share 0 is ``denoise`` itself; with uniform steps of a flow it is the share of steps.
 
-    CFG-Zero*: Improved Classifier-Free Guidance for Flow Matching Models, arXiv:2503.18886, section 4 (zero-init, of
+    CFG-Zero*: Improved Classifier-Free Guidance for Flow Matching Models, arXiv:2503.18886 (zero-init, of
     the first 4 % of steps); the other half is `zero_star`.
 
     Raises ValueError for a denoiser that remembers, and a concrete share outside [0, 1].
@@ -78,7 +78,7 @@ def adaptive(denoise: Any, null: Tree, scale: Any = 1.0, threshold: Array = 0.99
         of: "data", "velocity" or "flow" (`diffjax.guidance.rules`).  The paper compares noise estimates, which at high
             noise agree whatever the condition; clean estimates begin to agree at low noise in every process.
 
-    Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models, arXiv:2312.12487, section 5.
+    Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models, arXiv:2312.12487.
 
     Raises ValueError as `classifier_free`, for a threshold above 1, and another ``of``.
     """
@@ -147,7 +147,7 @@ def linear_guidance(denoise: Any, null: Tree, weights: Array, skip: Array, scale
         weights: (N, 2, N).
         skip: (N,) of truth values.
 
-    Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models, arXiv:2312.12487, section 5.1
+    Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models, arXiv:2312.12487
     (LinearAG).
 
     Raises ValueError as `classifier_free`, and for weights and skip that do not fit each other.

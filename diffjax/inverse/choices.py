@@ -31,7 +31,7 @@ def predicted_entropy(predicted: Array, std: Array) -> Array:
         predicted: (P, ...) of P particles.
         std: above 0; large ones tell far particles apart.
 
-    Active Diffusion Subsampling, arXiv:2406.14388, section 3.
+    Active Diffusion Subsampling, arXiv:2406.14388, section 4.
 
     >>> predicted_entropy(jnp.array([[0.0, 9.0], [0.0, -9.0]]), 1.0)  # log 2
     Array([-0.       ,  0.6931472], dtype=float32)
@@ -85,7 +85,7 @@ def active(
 
     Returns `Acquired`; the denoiser calls are ``particles (solver.calls N + K)``.
 
-    Active Diffusion Subsampling, arXiv:2406.14388, algorithm 1.
+    Active Diffusion Subsampling, arXiv:2406.14388.
 
     Raises ValueError for steps that do not fit, and more acquisitions than entries.
     """
@@ -167,7 +167,7 @@ def thompson(
 
     Returns `Bandit`; one draw a round.
 
-    Thompson Sampling with Diffusion Generative Prior, arXiv:2301.05182, algorithm 2; draws of the posterior are those
+    Thompson Sampling with Diffusion Generative Prior, arXiv:2301.05182; draws of the posterior are those
     of any method here (the paper's own is `mixed_observation`).
 
     Raises ValueError for arms or rounds below 1 and std not above 0.
@@ -204,7 +204,7 @@ def mixed_observation(denoise: Any, seen: Any, variance: Any) -> MixedObservatio
         seen: a measurement of a `diagonal` with Gaussian noise.
         variance: ``level -> v``, a number or an array of the sample's shape, above 0 where sigma > 0.
 
-    Thompson Sampling with Diffusion Generative Prior, arXiv:2301.05182, algorithm 1, as an estimate of x_0 (the paper
+    Thompson Sampling with Diffusion Generative Prior, arXiv:2301.05182, as an estimate of x_0 (the paper
     mixes the next state, with the observation noised by the predicted noise: the same up to the step's own variance).
 
     Raises ValueError for another operator than `diagonal`.

@@ -37,8 +37,7 @@ def calibrated_quantiles(samples: Array, alpha: float = 0.1) -> tuple[Array, Arr
 
     Returns two arrays of one sample's shape.  No denoiser calls.
 
-    How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control, arXiv:2302.03791,
-    section 3.
+    How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control, arXiv:2302.03791.
 
     Raises ValueError for an alpha out of range.
 
@@ -69,7 +68,7 @@ def hoeffding_bentkus(risk: Array, count: int, delta: float) -> Array:
         delta: above 0 and below 1.
 
     How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control, arXiv:2302.03791,
-    section 3.1, with the ceiling that Bentkus's inequality needs.
+    with the ceiling that Bentkus's inequality needs.
 
     Raises ValueError for arguments out of range.
 
@@ -107,8 +106,7 @@ def rcps(
 
     Returns `Intervals`; a margin may be negative.
 
-    How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control, arXiv:2302.03791,
-    section 3.1.
+    How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control, arXiv:2302.03791.
 
     Raises ValueError for shapes that differ, and for a calibration set so small that no margin will do.
     """
@@ -154,8 +152,7 @@ def k_rcps(
 
     Returns `Intervals`, the margin an array of one sample's shape.
 
-    How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control, arXiv:2302.03791,
-    section 4.
+    How to Trust Your Diffusion Model: A Convex Optimization Approach to Conformal Risk Control, arXiv:2302.03791.
 
     Raises ValueError for arguments that do not fit.
     """

@@ -75,7 +75,7 @@ def enkg(
 
     Returns a `diffjax.Sample` whose x has the ensemble as leading axis; ``J N (solver.calls + steps)`` denoiser calls.
 
-    Ensemble Kalman Diffusion Guidance: A Derivative-free Method for Inverse Problems, arXiv:2409.20175, algorithm 1.
+    Ensemble Kalman Diffusion Guidance: A Derivative-free Method for Inverse Problems, arXiv:2409.20175.
 
     Raises ValueError for fewer than 2 particles, and a grid from alpha = 0 or with coordinates.
     """

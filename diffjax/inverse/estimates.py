@@ -23,8 +23,9 @@ def null_space(denoise: Any, measurement: Measurement) -> Plain | Remembering:
     """``x0 <- x0 + k A^+ (y - A x0)``: the range of A^T from y, its null space from the model.
 
     ``k = min(1, sigma / (alpha std))`` for noise of standard deviation std.  Without noise k = 1 and every estimate
-    measures y exactly; `ddnm` also takes the noise out of the steps.  A^+ by the operator's spectrum.  No further
-    denoiser calls.
+    measures y exactly.  The paper's k compares with the step's own noise and weight of x0, and takes the noise of y out
+    of the step: that is `ddnm`, for solvers with a kernel; here the level stands for the step.  A^+ by the operator's
+    spectrum.  No further denoiser calls.
 
     Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model, arXiv:2212.00490, equations 13 and 17.
 
@@ -55,7 +56,7 @@ def diffpir(denoise: Any, measurement: Measurement, strength: Array = 8.0, itera
     the solver, which renews a share of the noise, it is DiffPIR: their zeta is ``sin(eta pi / 2)^2``.  No further
     denoiser calls; exact through the operator's spectrum, else by conjugate gradients.
 
-    Denoising Diffusion Models for Plug-and-Play Image Restoration, arXiv:2305.08995, algorithm 1.
+    Denoising Diffusion Models for Plug-and-Play Image Restoration, arXiv:2305.08995.
 
     Args:
         measurement: of a linear operator.
@@ -109,7 +110,7 @@ def ilvr(denoise: Any, operator: Any, reference: Tree, key: Array) -> Replaced:
     `blur`): samples share the low frequencies of the reference and nothing else.  The draws are fixed by the key and
     the level.  No further denoiser calls.
 
-    ILVR: Conditioning Method for Denoising Diffusion Probabilistic Models, arXiv:2108.02938, algorithm 1.
+    ILVR: Conditioning Method for Denoising Diffusion Probabilistic Models, arXiv:2108.02938.
 
     Raises ValueError for a denoiser that remembers, or an operator without a spectrum.
     """

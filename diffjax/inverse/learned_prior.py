@@ -40,7 +40,7 @@ def expectation_maximisation(
 
     Returns the last prior, and the draws that it was fitted to.
 
-    Learning Diffusion Priors from Observations by Expectation Maximization, arXiv:2405.13712, algorithm 1.
+    Learning Diffusion Priors from Observations by Expectation Maximization, arXiv:2405.13712.
 
     Raises ValueError for rounds or count below 1.
     """

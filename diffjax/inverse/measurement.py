@@ -62,7 +62,7 @@ def poisson_noise(rate: Array = 1.0) -> PoissonNoise:
 
     Methods for Gaussian noise use its surrogate, ``y / rate = A x + noise`` of variance ``max(y, 1) / rate^2``.
 
-    Diffusion Posterior Sampling for General Noisy Inverse Problems, arXiv:2209.14687, equation 18.
+    Diffusion Posterior Sampling for General Noisy Inverse Problems, arXiv:2209.14687, section 3.2.
 
     Raises ValueError unless rate > 0.
     """

@@ -52,7 +52,7 @@ def d_flow(
 
     Returns `Optimised`.
 
-    D-Flow: Differentiating through Flows for Controlled Generation, arXiv:2402.14017, equation 6.
+    D-Flow: Differentiating through Flows for Controlled Generation, arXiv:2402.14017.
 
     Raises ValueError for a solver that draws noise, a denoiser that remembers, and numbers out of range.
     """

@@ -70,7 +70,7 @@ def pnp_dm(
 
     Returns a `diffjax.Sample`; ``K steps`` denoiser calls.
 
-    Principled Probabilistic Imaging using Diffusion Models as Plug-and-Play Priors, arXiv:2405.18782, algorithm 1.
+    Principled Probabilistic Imaging using Diffusion Models as Plug-and-Play Priors, arXiv:2405.18782.
 
     Raises ValueError for stds out of the process's range, and arguments that do not fit.
     """
@@ -109,7 +109,7 @@ def daps(
 
     Returns a `diffjax.Sample`, x the last z; ``len(grid) steps`` denoiser calls.
 
-    Improving Diffusion Inverse Problem Solving with Decoupled Noise Annealing, arXiv:2407.01521, algorithm 1.
+    Improving Diffusion Inverse Problem Solving with Decoupled Noise Annealing, arXiv:2407.01521.
 
     Raises ValueError for a grid from alpha = 0 and arguments that do not fit.
     """

@@ -60,7 +60,7 @@ def mcg(solver: Solver, measurement: Measurement, step: Array = 1.0) -> Gradient
     The gradient keeps the state near the data, the projection makes it agree with noised measurements (and, at the
     end, with y itself: noise of y is kept).  One denoiser call, one vector-Jacobian product and one more draw a step.
 
-    Improving Diffusion Models for Inverse Problems using Manifold Constraints, arXiv:2206.00941, equations 14 and 15.
+    Improving Diffusion Models for Inverse Problems using Manifold Constraints, arXiv:2206.00941.
 
     Raises ValueError for a solver without ``update``, a step below 0, or an operator without a spectrum.
     """
@@ -133,7 +133,7 @@ def flowchef(solver: Solver, cost: Any, step: Array = 1.0) -> FlowChef:
         cost: ``x0 -> number``, or a measurement, for ``|y - A x0|^2 / 2``.
         step: at least 0.
 
-    Steering Rectified Flow Models in the Vector Field for Controlled Image Generation, arXiv:2412.00100, algorithm 1.
+    Steering Rectified Flow Models in the Vector Field for Controlled Image Generation, arXiv:2412.00100.
 
     Raises ValueError for a cost that is neither, or a step below 0.
     """
@@ -264,7 +264,7 @@ def ddrm(measurement: Measurement, eta: Array = 0.85, eta_b: Array = 1.0) -> DDR
     entry by entry of the basis, times alpha_s.  It starts from the prior, without a first step from ybar.  No
     derivatives; one denoiser call and one draw a step.
 
-    Denoising Diffusion Restoration Models, arXiv:2201.11793, equations 7 and 8.
+    Denoising Diffusion Restoration Models, arXiv:2201.11793.
 
     Args:
         measurement: of an operator with a spectrum, noise Gaussian of one standard deviation.
@@ -361,8 +361,12 @@ def lanpaint(
     of length ``size``.  Then the solver's step is made with A^+ y for the measured part of x0.  No derivatives.  The
     noise of y is not modelled.  ``inner`` further denoiser calls, 2 inner + 1 further draws a step.
 
+    Differs from the authors' code: that replaces the measured part by noised data first (here it keeps the noise that
+    the solver gave it), holds ``strength (x - alpha x0)`` in a step, not x0 alone, carries the velocity over and
+    corrects it by the change of the drift, has one more scale for the measured part's step, and other default numbers.
+
     LanPaint: Training-Free Diffusion Inpainting with Asymptotically Exact and Fast Conditional Sampling,
-    arXiv:2502.03491, section 4.
+    arXiv:2502.03491.
 
     Args:
         measurement: of an operator with a spectrum (a mask: inpainting).

@@ -66,7 +66,7 @@ def lgd(measurement: Any, variance: Array, key: Array, samples: int = 8) -> Loss
     are fixed by the key and the level.  Consistent as ``samples`` grows, and then `pigdm`'s value for linear
     operators; with few and many measurements one draw has all the weight.  One denoiser call.
 
-    Loss-Guided Diffusion Models for Plug-and-Play Controllable Generation (Song et al., ICML 2023), section 4.
+    Loss-Guided Diffusion Models for Plug-and-Play Controllable Generation (Song et al., ICML 2023).
 
     Args:
         measurement: or anything with ``log_likelihood(x0)``.
@@ -111,8 +111,8 @@ def noised(measurement: Measurement) -> Noised:
     pay with more resampling.  With a vanishing step the tilted proposal is the conjugate kernel that they use.  Through
     the operator's spectrum.  One denoiser call, for the plain estimate.
 
-    Monte Carlo guided Diffusion for Bayesian linear inverse problems, arXiv:2308.07983, section 2.  Diffusion Posterior
-    Sampling for Linear Inverse Problem Solving: A Filtering Perspective (Dou and Song, ICLR 2024), section 3.
+    Monte Carlo guided Diffusion for Bayesian linear inverse problems, arXiv:2308.07983.  Diffusion Posterior
+    Sampling for Linear Inverse Problem Solving: A Filtering Perspective (Dou and Song, ICLR 2024).
 
     Raises ValueError for an operator without a spectrum or noise that is not isotropic.
     """
@@ -162,9 +162,11 @@ def pigdm(measurement: Measurement, variance: Array, solver: str = "auto", itera
     Exact for Gaussian data N(m, v I).  v decides: 1, as if data had unit variance, makes particles collapse on data
     that have not, and so does a v that is too small; the empirical variance of the data is enough.  Closed form through
     the operator's spectrum where it has one and the noise is isotropic.  One denoiser call and one vector-Jacobian
-    product.
+    product.  The paper has v = 1 and the authors' sampler another step: for exact y it adds
+    ``alpha_t alpha_s J^T A^+ (y - A x0)`` to one of DDIM (adaptive weights).  Here the step is the
+    likelihood's own, which is what is exact.
 
-    Pseudoinverse-Guided Diffusion Models for Inverse Problems (Song et al., ICLR 2023), equation 7.
+    Pseudoinverse-Guided Diffusion Models for Inverse Problems (Song et al., ICLR 2023).
 
     Args:
         measurement: of a linear operator.
@@ -183,7 +185,7 @@ def tmpd(measurement: Measurement, solver: str = "auto", iterations: int = 30) -
     Exact for Gaussian data with a diagonal covariance; no variance to set.  Negative sums count as 0.  One denoiser
     call and two vector-Jacobian products.
 
-    Tweedie Moment Projected Diffusions For Inverse Problems, arXiv:2310.06721, equation 8.
+    Tweedie Moment Projected Diffusions For Inverse Problems, arXiv:2310.06721.
 
     Arguments and errors are those of `mmps`.
     """
@@ -196,7 +198,7 @@ def mmps(measurement: Measurement, solver: str = "auto", iterations: int = 10, p
     Exact for Gaussian data, with nothing to set; the default twist for linear operators.  One denoiser call, and one
     vector-Jacobian product per measurement ("dense") or iteration.
 
-    Learning Diffusion Priors from Observations by Expectation Maximization, arXiv:2405.13712, section 4.
+    Learning Diffusion Priors from Observations by Expectation Maximization, arXiv:2405.13712, section 4.2.
 
     Args:
         measurement: of a linear operator; for Poisson noise its Gaussian surrogate is used where sigma > 0.

@@ -50,13 +50,14 @@ def red_diff(
         measurement: of any operator and noise.
         grid: its steps' starts, at alpha > 0 and sigma > 0.
         x: where mu starts, clean data (for instance ``pseudo_inverse`` of y).
-        strength: lambda, at least 0.
+        strength: lambda, at least 0.  The authors' code weighs ``|y - A mu|^2 / 2``, whatever the noise: its 0.25 is
+            this one times the noise's variance.
         optimiser: with ``init(x)`` and ``update(gradient, state, x) -> (change, state)``, as optax has them; default
             Adam of rate 0.1.
 
     Returns a `diffjax.Sample`; one denoiser call a step.
 
-    A Variational Perspective on Solving Inverse Problems with Diffusion Models, arXiv:2305.04391, proposition 2.
+    A Variational Perspective on Solving Inverse Problems with Diffusion Models, arXiv:2305.04391.
 
     Raises ValueError for a grid that starts a step at alpha = 0 or sigma = 0, and a strength below 0.
     """

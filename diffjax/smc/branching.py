@@ -89,7 +89,7 @@ def blockwise(
             from its own draw of the prior.
         options: further ones of `diffjax.steer` (final_denoise, dtype, mesh, axis).
 
-    CoDe: Blockwise Control for Denoising Diffusion Models, arXiv:2502.00968, algorithm 1.
+    CoDe: Blockwise Control for Denoising Diffusion Models, arXiv:2502.00968.
 
     Returns a `Chosen`.  Denoiser calls: one a row and candidate.
 
@@ -156,7 +156,7 @@ def svdd(
     (Released code takes the best instead: temperature 0.)
 
     Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based Decoding,
-    arXiv:2408.08252, algorithm 1.
+    arXiv:2408.08252.
 
     Arguments, what is returned and raised: see `blockwise`.
     """
@@ -178,7 +178,7 @@ def scg(
 
     ``loss``: ``x0 -> number``, any function, as a count of broken rules; the rest as for `blockwise`.
 
-    Symbolic Music Generation with Non-Differentiable Rule Guided Diffusion, arXiv:2402.14285, algorithm 1.
+    Symbolic Music Generation with Non-Differentiable Rule Guided Diffusion, arXiv:2402.14285.
     """
     negative = Negative(as_value(loss))
     return blockwise(key, denoise, solver, grid, shape, reward=negative, candidates=candidates, **options)

@@ -132,8 +132,7 @@ def annealed_mcmc(
             ``sigma^2 / (alpha^2 + sigma^2)`` (times alpha^2 + sigma^2 in x).
         steps: at every level above sigma = 0; 0 is the solver alone.
 
-    Reduce, Reuse, Recycle: Compositional Generation with Energy-Based Diffusion Models and MCMC, arXiv:2302.11552,
-    algorithm 1.
+    Reduce, Reuse, Recycle: Compositional Generation with Energy-Based Diffusion Models and MCMC, arXiv:2302.11552.
 
     Raises ValueError as `diffjax.sample`, and for steps < 0.
     """

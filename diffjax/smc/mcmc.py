@@ -145,7 +145,7 @@ def pcnl(step: Array = 0.5) -> Crank:
     Called as ``(key, x, f, s)`` with ``f(x) -> (value, gradient)``.  Two gradients.
 
     Ψ-Sampler: Initial Particle Sampling for SMC-Based Inference-Time Reward Alignment in Score
-    Models, arXiv:2506.01320, equation 11.
+    Models, arXiv:2506.01320, equation 13.
 
     Raises ValueError unless 0 < step <= 4.
     """

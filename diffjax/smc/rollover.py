@@ -100,7 +100,7 @@ def rollover(
         budget: denoiser calls in all, at least one a row; the one at the start is one more.
 
     Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing, arXiv:2503.19385,
-    algorithm 1.
+    section 6.
 
     Returns a `Chosen`; ``rewards`` (rows,) those of the states that were taken, ``nfe`` the calls that were made.
 

@@ -50,7 +50,7 @@ def random_search(
         verifier: ``x -> number``, of samples.
         candidates: N.
 
-    Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, arXiv:2501.09732, section 3.
+    Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, arXiv:2501.09732.
     """
     integer("candidates", candidates, 1)
     keys = jax.random.split(key, candidates)
@@ -83,7 +83,7 @@ def zero_order_search(
         radius: in (0, 1]; 1 is random search.
         candidates, rounds: N and the number of rounds; the rest as for `random_search`.
 
-    Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, arXiv:2501.09732, section 3.
+    Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, arXiv:2501.09732.
     """
     integer("candidates", candidates, 1)
     integer("rounds", rounds, 1)
@@ -136,7 +136,7 @@ def path_search(
         kept, copies: N and M.
         back, ahead, first: rows, ``1 <= back < ahead`` and ``back <= first``.
 
-    Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, arXiv:2501.09732, section 3.
+    Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, arXiv:2501.09732.
 
     Raises ValueError for another solver, a denoiser that remembers, or rows that do not fit.
     """

@@ -146,7 +146,7 @@ def steer(
         mesh, axis: spread the particles over the devices along an axis of a mesh.  They are resampled across devices;
             for that all of them are on every device for a moment.  The result does not depend on it, but for rounding.
 
-    Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, arXiv:2306.17775, algorithm 1, is this
+    Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, arXiv:2306.17775, is this
     with a twist ``p(y | x0(x_t))``.
 
     Returns a `Steered`.  Denoiser calls: one a row and particle (none to sigma = 0), one more with a proposal of its

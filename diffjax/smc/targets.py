@@ -21,7 +21,8 @@ from diffjax.solvers.arguments import integer, number, number_or_function
 def annealed(denoise: Any, gamma: Array) -> Target:
     """``q^gamma``: above 1 colder, below 1 hotter.  One denoiser call a row.
 
-    Feynman-Kac Correctors in Diffusion: Annealing, Guidance, and Product of Experts, arXiv:2503.02819.
+    Feynman-Kac Correctors in Diffusion: Annealing, Guidance, and Product of Experts, arXiv:2503.02819,
+    proposition 3.2.
 
     Raises ValueError unless gamma > 0.
     """
@@ -34,7 +35,8 @@ def guided(conditional: Any, unconditional: Any, scale: Array) -> Target:
 
     Scale 1 is the conditional model.  The drift is that of `diffjax.guidance.classifier_free`.
 
-    Feynman-Kac Correctors in Diffusion: Annealing, Guidance, and Product of Experts, arXiv:2503.02819.
+    Feynman-Kac Correctors in Diffusion: Annealing, Guidance, and Product of Experts, arXiv:2503.02819,
+    proposition 3.1.
 
     Raises ValueError unless scale is finite.
     """
@@ -45,7 +47,8 @@ def guided(conditional: Any, unconditional: Any, scale: Array) -> Target:
 def product(*denoisers: Any) -> Target:
     """``q_1 q_2 ..``: a product of experts.  As many denoiser calls a row.
 
-    Feynman-Kac Correctors in Diffusion: Annealing, Guidance, and Product of Experts, arXiv:2503.02819.
+    Feynman-Kac Correctors in Diffusion: Annealing, Guidance, and Product of Experts, arXiv:2503.02819,
+    proposition 3.3.
     """
     return target(denoisers, (1.0,) * len(denoisers))
 
@@ -64,7 +67,8 @@ def tilted(
 
     With a log-likelihood, strength 1 and guidance 0 this is AFDPS, Solving Inverse Problems via Diffusion-Based
     Priors: An Approximation-Free Ensemble Sampling Approach, arXiv:2506.03979; with half guidance and a strength that
-    grows from 0, Feynman-Kac Correctors in Diffusion: Annealing, Guidance, and Product of Experts, arXiv:2503.02819.
+    grows from 0, Feynman-Kac Correctors in Diffusion: Annealing, Guidance, and Product of Experts, arXiv:2503.02819,
+    proposition 3.4.
 
     Raises ValueError unless 0 <= guidance <= 1.
     """

@@ -64,7 +64,7 @@ class Reward:
 def difference() -> Difference:
     """``G_t = h(x_t) / h(x_before)``: the weights of twisted sequential Monte Carlo, and "diff" of FK steering.
 
-    A General Framework for Inference-time Scaling and Steering of Diffusion Models, arXiv:2501.06848, section 3.
+    A General Framework for Inference-time Scaling and Steering of Diffusion Models, arXiv:2501.06848.
     """
     return Difference()
 
@@ -72,7 +72,7 @@ def difference() -> Difference:
 def maximum() -> Maximum:
     """``log G_t = max_{s >= t} log h(x_s)``: prefers particles that promised much once.
 
-    A General Framework for Inference-time Scaling and Steering of Diffusion Models, arXiv:2501.06848, section 3.
+    A General Framework for Inference-time Scaling and Steering of Diffusion Models, arXiv:2501.06848.
     """
     return Maximum()
 
@@ -80,7 +80,7 @@ def maximum() -> Maximum:
 def total() -> Total:
     """``log G_t = sum_{s >= t} log h(x_s)``: prefers particles that promise much for long.
 
-    A General Framework for Inference-time Scaling and Steering of Diffusion Models, arXiv:2501.06848, section 3.
+    A General Framework for Inference-time Scaling and Steering of Diffusion Models, arXiv:2501.06848.
     """
     return Total()
 

@@ -117,7 +117,7 @@ def warped(
     every stretch of u has the same share of what is left to learn.  Where `importance` keeps the objective, this
     changes it: levels that are hard count more.
 
-    Continuous diffusion for categorical data, arXiv:2211.15089, section 3.3 (time warping; there a parametric curve).
+    Continuous diffusion for categorical data, arXiv:2211.15089 (time warping; there a parametric curve).
 
     Args:
         decay: of a bin's mean over its last losses, in [0, 1).
@@ -189,7 +189,7 @@ def curriculum(
     mean of the loss has had no new minimum (by a factor ``1 - tolerance``) for ``patience`` steps; in the last stage,
     all of ``law``, training goes on.  ``clusters = 1`` is ``law`` itself.
 
-    Denoising Task Difficulty-based Curriculum for Training Diffusion Models, arXiv:2403.10348, section 4.
+    Denoising Task Difficulty-based Curriculum for Training Diffusion Models, arXiv:2403.10348.
 
     Args:
         clusters, patience: positive integers.

@@ -40,7 +40,7 @@ def assigned(subset: int | None = None) -> Assigned:
     Args:
         subset: assign within groups of so many consecutive samples (B must be a multiple), e.g. a device's own.
 
-    Immiscible Diffusion: Accelerating Diffusion Training with Noise Assignment, arXiv:2406.12303, section 3;
+    Immiscible Diffusion: Accelerating Diffusion Training with Noise Assignment, arXiv:2406.12303;
     Improved Immiscible Diffusion: Accelerate Diffusion Training by Reducing Its Miscibility, arXiv:2505.18521;
     Improving and Generalizing Flow-Based Generative Models with Minibatch Optimal Transport, arXiv:2302.00482.
 

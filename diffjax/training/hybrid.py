@@ -48,7 +48,7 @@ def hybrid(
 
     Returns a loss ``(params, key, x0, condition) -> (B,)``, resampled one with ``init`` and ``apply``.
 
-    Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672, equation 16.
+    Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672.
 
     Raises ValueError for a grid with gaps or a weight below 0.
     """

@@ -36,7 +36,7 @@ def maximisation(
         steps, batch: of a round; draws are reshuffled whenever all have been used.
         ema: as for `train_step`; the prior has the averaged parameters, and the next round begins with them.
 
-    Learning Diffusion Priors from Observations by Expectation Maximization, arXiv:2405.13712, algorithm 1.
+    Learning Diffusion Priors from Observations by Expectation Maximization, arXiv:2405.13712.
 
     Raises ValueError for steps or batch below 1, a start without parameters, and fewer draws than a batch.
     """

@@ -43,7 +43,7 @@ def aggregation_share(betas: Array, weights: Array) -> Array:
 
     With w = (1, 0, 0, ...) g is 1: the plain process on the aggregate, which is what the rest of this file does.
 
-    Diffusion Models for Multi-Task Generative Modeling, arXiv:2407.17571, section 3 (forward aggregation).
+    Diffusion Models for Multi-Task Generative Modeling, arXiv:2407.17571 (forward aggregation).
 
     Raises ValueError unless betas and weights are vectors of one length and betas inside (0, 1).
 
@@ -114,7 +114,7 @@ def multitask(
         law: of the levels, as of `diffjax.training.denoising`.
         weights: one a part.
 
-    Diffusion Models for Multi-Task Generative Modeling, arXiv:2407.17571, section 3 (multi-task loss).
+    Diffusion Models for Multi-Task Generative Modeling, arXiv:2407.17571 (multi-task loss).
 
     Raises ValueError for a process with coordinates.
     """

@@ -33,7 +33,7 @@ def noise_refinement(
         gradient: "exact" through the whole sampler, or "truncated", which holds the model's velocity: each call's
             derivative is that of ``x0 + (x - stop(x))``, so that no backward pass of the network is needed.
 
-    A Noise is Worth Diffusion Guidance, arXiv:2412.03895, section 4 (the loss; "truncated" is in the spirit of its
+    A Noise is Worth Diffusion Guidance, arXiv:2412.03895 (the loss; "truncated" is in the spirit of its
     multistep score distillation, which drops the network's Jacobian; written down here from that idea alone).
 
     Raises ValueError for a solver with noise and another gradient.

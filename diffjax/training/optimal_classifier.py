@@ -56,7 +56,7 @@ def visits(
         shape: of one sample.
         scale: of the guidance.
 
-    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666, algorithm 1.
+    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666.
 
     Raises ValueError for a deterministic solver and for a denoiser that remembers.
     """
@@ -130,7 +130,7 @@ def optimal_classifier(
 
     Returns a `Round` for each; guide with ``gradient(denoise, expected_tilt(apply, params, process, rewards, eta))``.
 
-    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666, algorithm 1.
+    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666.
 
     Raises ValueError as `visits`, and for edges that do not increase or rewards that do not fit them.
     """

@@ -70,7 +70,7 @@ def learned_coupling(loss: Any, encode: Callable, beta: float | int = 1.0) -> Le
 
     Parameters are ``{"network": ..., "encoder": ...}``.
 
-    Minimizing Trajectory Curvature of ODE-based Generative Models, arXiv:2301.12003, section 4.
+    Minimizing Trajectory Curvature of ODE-based Generative Models, arXiv:2301.12003.
 
     Raises ValueError unless beta > 0.
     """

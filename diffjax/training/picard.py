@@ -128,7 +128,7 @@ def picard_consistency(
 
     Network evaluations: N a trajectory. Fits `training.train_step`, whose moving average is the network to use.
 
-    PCM : Picard Consistency Model for Fast Parallel Sampling of Diffusion Models, arXiv:2503.19731, section 4.
+    PCM : Picard Consistency Model for Fast Parallel Sampling of Diffusion Models, arXiv:2503.19731.
 
     Raises ValueError for weights that are not one positive number for each iterate.
     """

@@ -24,7 +24,7 @@ def stacked(apply: Callable, axis: int = -1) -> Stacked:
     The network has twice the channels at its input and as many as x at its output:
     ``UNet((8, 8, 2), output=1, ...)`` for images (8, 8, 1).
 
-    Analog Bits: Generating Discrete Data using Diffusion Models with Self-Conditioning, arXiv:2208.04202, section 3.2.
+    Analog Bits: Generating Discrete Data using Diffusion Models with Self-Conditioning, arXiv:2208.04202, section 2.
     """
     return Stacked(apply, axis)
 

@@ -152,7 +152,7 @@ def shifted(law: Law, shift: Any) -> Shifted:
     For rectified flow, times become ``shift t / (1 + (shift - 1) t)``; `grids.resolution_shift` gives the shift at
     which a larger image is as uncertain.
 
-    Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, arXiv:2403.03206, equation 23.
+    Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, arXiv:2403.03206.
 
     Raises ValueError unless shift > 0.
     """

@@ -20,7 +20,7 @@ def intervals(cost: np.ndarray, count: int) -> np.ndarray:
     ``cost[i, j]``, i <= j, is that of the run of items i to j, both included; run k is items ``edges[k]`` to
     ``edges[k + 1] - 1``.  Dynamic programming, O(count N^2).
 
-    Addressing Negative Transfer in Diffusion Models, arXiv:2306.00354, section 4.1.
+    Addressing Negative Transfer in Diffusion Models, arXiv:2306.00354.
 
     Raises ValueError unless cost is square and 1 <= count <= N.
 
@@ -86,7 +86,7 @@ def surgery(loss: Any, edges: Any, method: str | Callable = "pcgrad") -> Surgery
         edges: (K + 1,) quantiles of its law, from 0 to 1, rising: `intervals` over N equal parts, divided by N.
         method: as above.
 
-    Addressing Negative Transfer in Diffusion Models, arXiv:2306.00354, section 4.2; Gradient Surgery for Multi-Task
+    Addressing Negative Transfer in Diffusion Models, arXiv:2306.00354; Gradient Surgery for Multi-Task
     Learning, arXiv:2001.06782; Multi-Task Learning as a Bargaining Game, arXiv:2202.01017.
 
     Raises ValueError for other edges or methods; when called, for a batch that K does not divide.

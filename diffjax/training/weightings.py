@@ -216,7 +216,7 @@ class Flow:
 def sigmoid(bias: float | int = 1.0) -> OnBound:
     """``w(lambda) = sigmoid(bias - lambda)`` of the log-SNR in `on_bound`: a monotone weighting.
 
-    Simpler Diffusion (SiD2): 1.5 FID on ImageNet512 with pixel-space diffusion, arXiv:2410.19324, section 3.1;
+    Simpler Diffusion (SiD2): 1.5 FID on ImageNet512 with pixel-space diffusion, arXiv:2410.19324;
     Understanding Diffusion Objectives as the ELBO with Simple Data Augmentation, arXiv:2303.00848.
     """
     return OnBound(Sigmoid(bias))
@@ -309,7 +309,7 @@ def warmed(weighting: Any, steps: int, low: float | int = 5.0, high: float | int
 
     The limit is on the weight of |x0 - D|^2 for weightings `on_data`, else on that of the network's own error.
 
-    Fast Diffusion Model, arXiv:2306.06991, section 3.3.
+    Fast Diffusion Model, arXiv:2306.06991.
 
     Raises ValueError as `weight_limit`, and for an `on_bound` weighting, whose weight is not one of a level.
     """
