@@ -82,6 +82,35 @@ def test_search_over_paths():
     assert difference.mean() > 1.0 > 4 * difference.std() / 20
 
 
+def test_searches_move_within_the_law_of_the_prior():
+    """With a verifier that is as good as chance, neighbours of a pivot and states that are noised again keep their law.
+
+    Variances by the linear recursion of DDIM's steps, in NumPy.
+    """
+    chance = lambda x: jnp.cos(1e4 * x[0])
+    solver, count = solvers.ddim(), len(GRID)
+    walk = _many(smc.zero_order_search, solver=solver, verifier=chance, candidates=1, rounds=4, radius=0.6)
+    error = 4 * np.sqrt(2 / walk.start.size)
+    assert abs(np.var(walk.start) / float(GRID.start.sigma) ** 2 - 1) < error
+    paths = _many(smc.path_search, solver=solver, verifier=chance, kept=1, copies=1, back=3, ahead=5, first=4)
+    alpha, sigma = (np.append(np.asarray(a), np.asarray(b)[-1]) for a, b in zip(GRID.t[1:3], GRID.s[1:3], strict=True))
+
+    def moved(variance, begin, end):
+        for i in range(begin, end):
+            shrink = sigma[i + 1] / sigma[i]
+            x0 = alpha[i] / (alpha[i] ** 2 + sigma[i] ** 2)
+            variance = variance * (shrink + (alpha[i + 1] - alpha[i] * shrink) * x0) ** 2
+        return variance
+
+    variance, at = moved(sigma[0] ** 2, 0, 4), 4
+    while at < count:
+        keep = alpha[at - 3] / alpha[at]
+        variance = keep**2 * variance + sigma[at - 3] ** 2 - (keep * sigma[at]) ** 2
+        end = min(at + 2, count)
+        variance, at = moved(variance, at - 3, end), end
+    assert abs(np.var(paths.x) / variance - 1) < error, (np.var(paths.x), variance)
+
+
 @pytest.mark.paper(
     "Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based Decoding"
 )

@@ -104,6 +104,11 @@ def test_likeness_to_a_reference():
     content = guidance.likeness(image, jnp.zeros((4, 3)))
     np.testing.assert_allclose(style(level.alpha * image[::-1], level), 0.0, atol=1e-6)
     assert content(level.alpha * image[::-1], level) < -0.1
+    seen = np.asarray(jax.random.normal(jax.random.key(2), (4, 3)), np.float64)
+    clean = float(level.alpha) * np.asarray(image, np.float64)
+    np.testing.assert_allclose(content(jnp.float32(seen), level), -0.5 * np.sum((seen - clean) ** 2), rtol=1e-5)
+    grams = (seen.T @ seen - clean.T @ clean) / 4
+    np.testing.assert_allclose(style(jnp.float32(seen), level), -0.5 * np.sum(grams**2), rtol=1e-5)
     log_h, x0 = guidance.potential_twist(content)(oracles.gaussian(0.0, 1.0), image, level)
     np.testing.assert_allclose(log_h, content(image, level))
     np.testing.assert_allclose(x0, level.alpha * image, rtol=1e-5)

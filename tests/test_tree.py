@@ -131,6 +131,18 @@ def test_a_tilted_gaussian_and_the_search():
     assert float(best.reward) / 1.5 > (2.97 + 0.35) * np.sqrt(variance)
 
 
+def test_rewards_of_minus_infinity_are_reported():
+    """A branch without hope is left, not a NaN; where all are, log Z says so."""
+    grown = lambda only: smc.grow_tree(
+        jax.random.key(0), step, jnp.int32(0), 3, lambda x: jnp.where(x == only, 0.0, -jnp.inf), rollouts=40, batch=8
+    )
+    some, none = grown(2), grown(7)
+    assert np.isfinite(some.values[0]) and not np.isnan(some.values).any()
+    assert (some.states[smc.draw_leaves(jax.random.key(1), some, 50)] == 2).all()
+    assert (none.values == -np.inf).all()
+    assert (none.depths[smc.draw_leaves(jax.random.key(1), none, 20)] == 3).all()
+
+
 def test_bad_input():
     plan = dict(reward=first, samples=1, rollouts=2)
     with pytest.raises(ValueError, match="draws noise"):

@@ -73,7 +73,7 @@ def grow_tree(
 
     Args:
         key, root: a key, and the state of the root.
-        reward: of a state at depth ``length``.
+        reward: of a state at depth ``length``; -inf excludes it.
         rollouts, batch: how many descents, and how many of them are made before values are backed up.
         temperature: above 0.
         width, power: above 0, and in (0, 1]; of nodes without end, power below 1 has values that become exact.
@@ -309,7 +309,9 @@ _roll = jax.jit(_rolled, static_argnums=0)
 
 
 def _softmax(logs: np.ndarray) -> np.ndarray:
-    weights = np.exp(logs - logs.max())
+    top = logs.max()
+    # where all are without hope none is better
+    weights = np.ones_like(logs) if top == -np.inf else np.exp(logs - top)
     return weights / weights.sum()
 
 
