@@ -32,6 +32,7 @@ EXTRA = {  # arguments without a default
     "mcg": {"step": 0.3},
     "lanpaint": {"inner": 2},
     "fps": {"key": KEY},
+    "blind_dps": {"step": 0.3, "sparsity": {"a": 0.1, "b": 0.0}},
 }
 LAWS = {"evidence", "exact", "posterior"}  # tested against quadrature
 DRIVERS = {"active", "d_flow", "enkg", "expectation_maximisation", "fit_gaussian", "mixed_observation", "thompson"}
@@ -139,7 +140,9 @@ PLAIN_WITHOUT = sorted(set(found()) - {"daps", "pnp_dm", "red_diff", "diffpir"})
 def test_no_information_returns_the_prior(name):
     """A = 0: the sample of the plain solver for the same key."""
     seen = seen_by(inverse.matrix(np.zeros((2, 3))), np.zeros(2, np.float32), 0.3)
-    settings: Any = {"eta": 1.0} if name == "ddrm" else {"inner": 0} if name == "lanpaint" else {}
+    nothing = {"ddrm": {"eta": 1.0}, "lanpaint": {"inner": 0}, "diffusion_mbir": {"iterations": 0}}
+    nothing["blind_dps"] = {"sparsity": 0.0}
+    settings: Any = nothing.get(name, {})
     out, _ = draw(name, KEY, seen, processes.flow(), shape=(3,), **settings)
     grid = grids.uniform(processes.flow(), STEPS, start=0.9)
     kept = {"mcg": 1}.get(name, 0)

@@ -6,6 +6,8 @@ that takes ``solver`` first a changed solver, and one that takes ``key`` first d
 closed form: `posterior`, `evidence`, `exact`.
 """
 
+from diffjax.inverse.blind import blind, blind_blur, blind_dps, joint
+from diffjax.inverse.boundary import Boundary, best_boundary
 from diffjax.inverse.choices import active, mixed_observation, predicted_entropy, thompson
 from diffjax.inverse.conformal import Intervals, calibrated_quantiles, error_groups, hoeffding_bentkus, k_rcps, rcps
 from diffjax.inverse.ensemble import enkg, ensemble_update
@@ -35,3 +37,4 @@ from diffjax.inverse.steps import ddnm, ddrm, dps, flowchef, lanpaint, mcg
 from diffjax.inverse.tractable import tractable_steering
 from diffjax.inverse.twists import lgd, likelihood, mmps, noised, pigdm, tmpd
 from diffjax.inverse.variational import adam, red_diff
+from diffjax.inverse.volumes import Split, admm_tv, diffusion_mbir, slices, slicewise, split

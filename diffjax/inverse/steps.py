@@ -72,7 +72,7 @@ def _gradient_step(name: str, solver: Solver, measurement: Measurement, step: Ar
     if not hasattr(solver, "update"):
         raise ValueError(f"{name} needs a solver of one call a step with an update, got {solver!r}.")
     number("step", step)
-    return GradientStep(solver, measurement, step, project)
+    return GradientStep(solver, measurement, step, None, project)
 
 
 @value
@@ -80,6 +80,7 @@ class GradientStep:
     inner: Any
     measurement: Any
     size: Array
+    penalty: Any  # of the clean estimate, beside the misfit, or None
     project: bool = static()
 
     def __repr__(self) -> str:
@@ -107,7 +108,7 @@ class GradientStep:
         if getattr(denoise, "memory", None) is not None:
             raise ValueError("a gradient through the denoiser needs one that does not remember.")
         x0, pull = jax.vjp(lambda x: denoise(x, row.t), x)
-        (slope,) = pull(jax.grad(lambda x0: misfit(self.measurement, x0))(x0))
+        (slope,) = pull(jax.grad(self._cost)(x0))
         after, memory = self.inner.update(noise[self.project :], x, x0, memory, row)
         still = row.t.half_log_snr == row.s.half_log_snr
         after = jax.tree.map(
@@ -116,6 +117,10 @@ class GradientStep:
         if self.project:
             after = jax.tree.map(lambda new, old: jnp.where(still, old, new), self._projected(after, noise[0], row), x)
         return after, memory, Info(x0)
+
+    def _cost(self, x0: Tree) -> Array:
+        cost = misfit(self.measurement, x0)
+        return cost if self.penalty is None else cost + self.penalty(x0)
 
     def _projected(self, x: Tree, z: Tree, row: Row) -> Tree:
         known = pseudo_inverse(self.measurement.operator, self.measurement.observed(x))
