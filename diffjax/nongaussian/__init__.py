@@ -1,4 +1,4 @@
-"""Forward processes whose noise is not Gaussian: heavy tails, counts, the simplex, warps."""
+"""Forward processes whose noise is not Gaussian: heavy tails, counts, the simplex, tokens, warps."""
 
 from diffjax.nongaussian.corruption import flowed as flowed
 from diffjax.nongaussian.corruption import restored as restored
@@ -32,3 +32,5 @@ from diffjax.nongaussian.simplex import joined as joined
 from diffjax.nongaussian.simplex import reverse_jacobi as reverse_jacobi
 from diffjax.nongaussian.simplex import simplex_points as simplex_points
 from diffjax.nongaussian.simplex import sticks as sticks
+from diffjax.nongaussian.tokens import guided_logits as guided_logits
+from diffjax.nongaussian.tokens import unmasked as unmasked

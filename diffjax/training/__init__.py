@@ -17,7 +17,15 @@ from diffjax.training.maximisation import maximisation
 from diffjax.training.multitask import aggregated, aggregation_share, head_twist, multitask
 from diffjax.training.noise_predictor import noise_predictor
 from diffjax.training.noise_refinement import noise_refinement
-from diffjax.training.optimal_classifier import Round, Visits, optimal_classifier, visits
+from diffjax.training.optimal_classifier import (
+    Round,
+    Visits,
+    optimal_classifier,
+    optimal_token_classifier,
+    token_tilt,
+    token_visits,
+    visits,
+)
 from diffjax.training.optimiser import adam
 from diffjax.training.pairs import guided, learned_coupling
 from diffjax.training.picard import picard_consistency, picard_iterates, picard_weights
@@ -65,6 +73,7 @@ __all__ = [
     "noise_predictor",
     "noise_refinement",
     "optimal_classifier",
+    "optimal_token_classifier",
     "perturbed",
     "picard_consistency",
     "picard_iterates",
@@ -80,6 +89,8 @@ __all__ = [
     "shifted",
     "stacked",
     "surgery",
+    "token_tilt",
+    "token_visits",
     "train_step",
     "transfer",
     "two_steps",

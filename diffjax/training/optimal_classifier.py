@@ -20,7 +20,8 @@ import numpy as np
 
 from diffjax.guidance.bins import bins, check_edges, expected_tilt
 from diffjax.guidance.gradient import gradient
-from diffjax.levels import Array, Grid, Level, Solver, Tree, as_value, remembers, value
+from diffjax.levels import Array, Grid, Level, Solver, Tree, as_value, remembers, static, value
+from diffjax.nongaussian.tokens import unmasked
 from diffjax.samplers.sequential import sample
 
 
@@ -28,7 +29,7 @@ class Visits(NamedTuple):
     """States of the guided sampler, their levels, and the rewards that the base model reached from them; (B, ...)."""
 
     x: Tree
-    level: Level
+    level: Any  # a Level; None of tokens
     reward: Array
 
 
@@ -134,15 +135,109 @@ def optimal_classifier(
 
     Raises ValueError as `visits`, and for edges that do not increase or rewards that do not fit them.
     """
+    tilted = lambda params: expected_tilt(apply, params, grid.process, rewards, eta)
+
+    def draw(key: Array, params: Tree, scale: float) -> Visits:
+        return visits(key, denoise, tilted(params), reward, solver, grid, shape, count, scale)
+
+    return _rounds(key, draw, params, fit, edges, rewards, rounds, count)
+
+
+def token_visits(
+    key: Array,
+    conditional: Callable[[Array], Array],
+    potential: Callable[[Array], Array] | None,
+    reward: Callable[[Array], Array],
+    length: int,
+    vocabulary: int,
+    count: int,
+    scale: Array = 1.0,
+) -> Visits:
+    """`visits` of sequences of tokens: unmasked with guidance to a random number of entries, and then without.
+
+    Conditional, potential ``F(x)`` and sizes are those of `diffjax.nongaussian.unmasked`; levels are None.
+
+    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666, algorithm 1.
+    """
+    guide = None if potential is None else lambda x: scale * potential(x)
+
+    def one(key: Array) -> Visits:
+        where, walk = jax.random.split(key)
+        turn = jax.random.randint(where, (), 0, length)
+        found = unmasked(walk, conditional, length, vocabulary, guide, turn)
+        return Visits(found.states[turn], None, reward(found.x))
+
+    return jax.vmap(one)(jax.random.split(key, count))
+
+
+def token_tilt(apply: Callable[..., Array], params: Tree, rewards: Array, eta: Array = 1.0) -> TokenTilt:
+    """The potential ``log sum_k p(bin k | x) exp(eta rewards[k])`` of a classifier ``apply(params, x) -> (K,)`` logits.
+
+    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666, equation 6.
+    """
+    return TokenTilt(params, rewards, eta, apply)
+
+
+@value
+class TokenTilt:
+    params: Tree
+    rewards: Array
+    eta: Array
+    apply: Callable = static()
+    factory = "token_tilt"
+
+    def __call__(self, x: Array) -> Array:
+        logs = jax.nn.log_softmax(self.apply(self.params, x))
+        return jax.nn.logsumexp(logs + self.eta * jnp.asarray(self.rewards, logs.dtype))
+
+
+def optimal_token_classifier(
+    key: Array,
+    conditional: Callable[[Array], Array],
+    apply: Callable[..., Array],
+    params: Tree,
+    fit: Callable[[Array, Tree, Visits, Array, Array], Tree],
+    reward: Callable[[Array], Array],
+    edges: Array,
+    rewards: Array,
+    length: int,
+    vocabulary: int,
+    *,
+    rounds: int,
+    count: int,
+    eta: Array = 1.0,
+) -> list[Round]:
+    """SLCD for sequences of tokens: `optimal_classifier` with `token_visits`.
+
+    Args:
+        conditional, length, vocabulary: of the base model, as for `diffjax.nongaussian.unmasked`.
+        apply: ``apply(params, x) -> (K,)`` logits of the reward's bin given a partly masked x; the rest as for
+            `optimal_classifier`.
+
+    Returns a `Round` for each; guide with ``unmasked(..., potential=token_tilt(apply, params, rewards, eta))``.
+
+    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666, algorithm 1.
+
+    Raises ValueError for edges that do not increase or rewards that do not fit them.
+    """
+
+    def draw(key: Array, params: Tree, scale: float) -> Visits:
+        tilt = token_tilt(apply, params, rewards, eta)
+        return token_visits(key, conditional, tilt, reward, length, vocabulary, count, scale)
+
+    return _rounds(key, draw, params, fit, edges, rewards, rounds, count)
+
+
+def _rounds(
+    key: Array, draw: Any, params: Tree, fit: Any, edges: Array, rewards: Array, rounds: int, count: int
+) -> list[Round]:
     check_edges(edges)
     if np.shape(rewards) != (np.shape(edges)[0] + 1,):
         raise ValueError(f"rewards must have one entry more than the edges {np.shape(edges)}, got {np.shape(rewards)}.")
     found, buffer = [], None
     for i in range(rounds):
         drawn, fitted = jax.random.split(jax.random.fold_in(key, i))
-        tilt = expected_tilt(apply, params, grid.process, rewards, eta)
-        # the same program in every round: scale 0 is no guidance
-        new = visits(drawn, denoise, tilt, reward, solver, grid, shape, count, float(i > 0))
+        new = draw(drawn, params, float(i > 0))  # the same program in every round: scale 0 is no guidance
         if buffer is None:
             buffer = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * rounds), new)
         place = lambda all, part, i=i: jax.lax.dynamic_update_slice_in_dim(all, part, i * count, 0)
