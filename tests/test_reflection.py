@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax import grids, predictions, processes, smc, solvers, training
+from diffjax import grids, networks, predictions, processes, smc, solvers, training
 from diffjax.levels import value
 from diffjax.smc import History
 from tests import tiny
@@ -218,3 +218,20 @@ def refused(denoise=None, rounds=1, context=1):
     denoise = Listening(None) if denoise is None else denoise
     options = dict(judge=judge(np.zeros(2)), rounds=rounds, context=context)
     return smc.reflect(jax.random.key(0), denoise, solvers.ddim(), GRID, (2,), **options)
+
+
+def test_a_transformer_attends_to_the_history():
+    """Images and feedback as a token for each remembered sample, through `tell`, in a DiT; shapes only."""
+    nnx = pytest.importorskip("flax.nnx")
+    shape, told = (4, 4, 1), networks.tokens(16 + 2 + 1)
+    judge = lambda x: (x[0, 0, :1].repeat(2), -jnp.sum(x**2))
+
+    def run(key):
+        network = networks.DiT(shape, patch=2, width=16, depth=1, heads=2, condition=told, rngs=nnx.Rngs(0))
+        apply, params = networks.functional(network)
+        denoise = predictions.velocity(FLOW).decode(apply, params, jnp.zeros((3, 19)))
+        options = dict(judge=judge, rounds=2, context=3, tell=smc.history_tokens)
+        return smc.reflect(key, denoise, solvers.ddim(), grids.uniform(FLOW, 2), shape, **options)
+
+    found = jax.eval_shape(run, jax.random.key(0))
+    assert found.samples.shape == (2, *shape) and found.feedback.shape == (2, 2)

@@ -152,8 +152,8 @@ def svdd(
     """Soft value-based decoding: in every row one of M proposals with probability ``softmax(value / temperature)``.
 
     The value is the reward at the clean estimate (``reward``, SVDD-PM) or any soft value ``alpha log E[exp(r(x_0) /
-    alpha) | x_t]`` (``twist``; learned: SVDD-MC).  With exact values and many proposals its law is the tilted one.
-    (Released code takes the best instead: temperature 0.)
+    alpha) | x_t]`` (``twist``; learned: SVDD-MC).  With exact values, many proposals and small steps its law is the
+    tilted one.  (Released code takes the best instead: temperature 0.)
 
     Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based Decoding,
     arXiv:2408.08252.
