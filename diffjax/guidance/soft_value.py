@@ -39,7 +39,7 @@ def soft_value_loss(
         law: of the levels, a quantile function ``(process, u) -> Level``; default times uniform in (0, end).
 
     Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based Decoding,
-    arXiv:2408.08252, algorithm 2 (the regression of SVDD-MC, "mean" in its code).
+    arXiv:2408.08252 (the regression of SVDD-MC, "mean" in its code).
 
     Raises ValueError for another kind and a temperature that is not above 0.
     """
@@ -87,7 +87,7 @@ def learned_value(
     network, which is not counted.
 
     Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based Decoding,
-    arXiv:2408.08252, section 4.
+    arXiv:2408.08252.
     """
     return LearnedValue(params, process, as_value(reward), scale, apply)
 

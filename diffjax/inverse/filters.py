@@ -76,7 +76,7 @@ def mcgdiff(measurement: Measurement) -> MCGDiff:
     Differs from the released code, which gives the last potential back and weighs by p(y | x_0) besides (so that
     states below that level have seen y twice).
 
-    Monte Carlo guided Diffusion for Bayesian linear inverse problems, arXiv:2308.07983, algorithms 1 and 2.
+    Monte Carlo guided Diffusion for Bayesian linear inverse problems, arXiv:2308.07983.
 
     Raises ValueError for an operator without a spectrum or noise that is not isotropic.
     """
@@ -98,7 +98,7 @@ def fps(measurement: Measurement, key: Array, once: bool = True) -> FilteringPos
     both are the same.
 
     Diffusion Posterior Sampling for Linear Inverse Problem Solving: A Filtering Perspective (Dou and Song, ICLR 2024),
-    algorithm 2 (FPS-SMC).
+    FPS-SMC.
 
     Args:
         measurement: of an operator with a spectrum and isotropic noise, 0 allowed.

@@ -34,8 +34,7 @@ def through(
 
     Returns a network of the condition ``(context, view)``; it has ``signal(params, x, t, condition)``.
 
-    Diffusion with Forward Models: Solving Stochastic Inverse Problems Without Direct Supervision, arXiv:2306.11719,
-    section 3.
+    Diffusion with Forward Models: Solving Stochastic Inverse Problems Without Direct Supervision, arXiv:2306.11719.
     """
     return Through(apply, render, seen)
 

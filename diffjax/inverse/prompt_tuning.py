@@ -68,7 +68,7 @@ def p2l(
     Returns a denoiser that remembers its condition (`Tuning`); ``tune(x, level, condition)`` is the first line alone.
     Evaluations: ``iterations + 1`` of the denoiser's a call.
 
-    Prompt-tuning latent diffusion models for inverse problems, arXiv:2310.01110, algorithm 1.
+    Prompt-tuning latent diffusion models for inverse problems, arXiv:2310.01110.
 
     Raises ValueError for a denoiser that remembers or has no condition, and numbers out of range.
     """

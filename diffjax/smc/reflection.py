@@ -63,7 +63,7 @@ def reflect(
     Returns a `Refined`; denoiser calls: N times those of a sample.
 
     Reflect-DiT: Inference-Time Scaling for Text-to-Image Diffusion Transformers via In-Context Reflection,
-    arXiv:2503.12271, section 3.  (There feedback is text of a vision-language model, and the newest are kept.)
+    arXiv:2503.12271.  (There feedback is text of a vision-language model, and the newest are kept.)
 
     Raises ValueError for sizes below 1 and a denoiser without a condition.
     """
@@ -101,7 +101,7 @@ def reflections(key: Array, x: Array, feedback: Array, rewards: Array, context: 
         x: (G, ...) of one task; ``feedback`` (G, ...) and ``rewards`` (G,) of them.  `jax.vmap` for many tasks.
 
     Reflect-DiT: Inference-Time Scaling for Text-to-Image Diffusion Transformers via In-Context Reflection,
-    arXiv:2503.12271, section 3 (training data).
+    arXiv:2503.12271 (training data).
 
     Raises ValueError for a context below 1 or not below G.
     """

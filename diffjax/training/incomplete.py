@@ -46,7 +46,7 @@ def incomplete(
         law: of the levels, a quantile function ``(process, u) -> Level``; default times uniform in (0, end).
         weighting: ``level -> number``, of the squared error of x_0.
 
-    Thompson Sampling with Diffusion Generative Prior, arXiv:2301.05182, section 4.  (From its description: the paper's
+    Thompson Sampling with Diffusion Generative Prior, arXiv:2301.05182.  (From its description: the paper's
     finite difference is a derivative here; its text with the constants was not at hand.)
 
     Raises ValueError for a negative penalty.

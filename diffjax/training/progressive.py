@@ -65,7 +65,7 @@ def progressive_distillation(
         scales: the lowest and the highest w.
         weighting: ``level -> number``; default max(SNR, 1).
 
-    On Distillation of Guided Diffusion Models, arXiv:2210.03142, section 3.2 (stage two, deterministic).
+    On Distillation of Guided Diffusion Models, arXiv:2210.03142 (stage two, deterministic).
     Progressive Distillation for Fast Sampling of Diffusion Models, arXiv:2202.00512, algorithm 2.
 
     Raises ValueError for an odd number of steps, a grid with gaps, and unless the lowest scale is below the highest.
@@ -136,7 +136,7 @@ def halvings(
 
     Returns a `Stage` for each: sample with ``prediction.decode(apply, params, condition)``, `ddim` and its grid.
 
-    On Distillation of Guided Diffusion Models, arXiv:2210.03142, algorithm 2.
+    On Distillation of Guided Diffusion Models, arXiv:2210.03142.
 
     Raises ValueError unless the steps of the grid can be halved so often.
     """
