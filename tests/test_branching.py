@@ -88,11 +88,11 @@ def test_searches_move_within_the_law_of_the_prior():
     Variances by the linear recursion of DDIM's steps, in NumPy.
     """
     chance = lambda x: jnp.cos(1e4 * x[0])
-    solver, count = solvers.ddim(), len(GRID)
+    solver = solvers.ddim()
     walk = _many(smc.zero_order_search, solver=solver, verifier=chance, candidates=1, rounds=4, radius=0.6)
     error = 4 * np.sqrt(2 / walk.start.size)
     assert abs(np.var(walk.start) / float(GRID.start.sigma) ** 2 - 1) < error
-    paths = _many(smc.path_search, solver=solver, verifier=chance, kept=1, copies=1, back=3, ahead=5, first=4)
+    paths = _many(smc.path_search, solver=solver, verifier=chance, kept=1, copies=1, back=3, ahead=9, first=6)
     alpha, sigma = (np.append(np.asarray(a), np.asarray(b)[-1]) for a, b in zip(GRID.t[1:3], GRID.s[1:3], strict=True))
 
     def moved(variance, begin, end):
@@ -102,12 +102,9 @@ def test_searches_move_within_the_law_of_the_prior():
             variance = variance * (shrink + (alpha[i + 1] - alpha[i] * shrink) * x0) ** 2
         return variance
 
-    variance, at = moved(sigma[0] ** 2, 0, 4), 4
-    while at < count:
-        keep = alpha[at - 3] / alpha[at]
-        variance = keep**2 * variance + sigma[at - 3] ** 2 - (keep * sigma[at]) ** 2
-        end = min(at + 2, count)
-        variance, at = moved(variance, at - 3, end), end
+    keep = alpha[3] / alpha[6]
+    variance = keep**2 * moved(sigma[0] ** 2, 0, 6) + sigma[3] ** 2 - (keep * sigma[6]) ** 2
+    variance = moved(variance, 3, len(GRID))
     assert abs(np.var(paths.x) / variance - 1) < error, (np.var(paths.x), variance)
 
 

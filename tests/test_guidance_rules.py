@@ -313,4 +313,4 @@ def test_refined_noise(x64):
     assert np.mean(likely(refined)) > np.mean(likely(STARTS)) + 0.05
     np.testing.assert_array_equal(guidance.refined_noise(X, direction, steps=0), X)
     flow = guidance.noise_direction(denoise, Classes(MODES, PRIOR), level, "flow")  # minus the difference of eps - x0
-    np.testing.assert_allclose(flow(X), (1 + level.alpha / level.sigma) * direction(X), rtol=1e-9)
+    np.testing.assert_allclose(flow(STARTS[0]), (1 + level.alpha / level.sigma) * direction(STARTS[0]), rtol=1e-9)
