@@ -266,6 +266,11 @@ def test_signals_are_drawn_from_their_law_given_a_partial_observation():
     np.testing.assert_allclose(signals[:, 0], told, atol=1e-4)
     np.testing.assert_allclose(out.x[:, 0], np.asarray(signals) @ row, atol=1e-5)
     assert set(out.nfe.tolist()) == {40} and set(out.failed_at.tolist()) == {-1}
+    short, key = grids.uniform(PROCESS, 3), jax.random.key(8)
+    plain = sample(key, model, solvers.ddim(), short, (1,))  # its last step is the jump to the clean estimate
+    jump = inverse.draw_signal(key, model, solvers.ddim(), short, (1,))[1]
+    np.testing.assert_allclose(jump.x, plain.x, rtol=1e-5)
+    assert (int(jump.nfe), int(jump.rounds)) == (int(plain.nfe), int(plain.rounds)) == (3, 3)
     logs = -0.5 * (told - centres[:, 0]) ** 2 / std**2
     weights = np.exp(logs - logs.max()) / np.exp(logs - logs.max()).sum()
     law = lambda x: weights @ scipy.stats.norm.cdf((x - centres[:, 1:]) / std)
@@ -432,8 +437,19 @@ def test_what_stage_two_trains():
     encode = lambda params, x0, y: params * x0
     params = {"denoise": jnp.array(0.7), "describe": jnp.array(1.1), "restore": jnp.array([0.1, 0.9])}
 
+    sampler = training.prior_sampler(data, network, lambda scale, y: scale * y, solvers.ancestral(), grid)
+
+    @jax.jit
+    def losses(weight):
+        both = training.prior_diffusion(sampler, encode, restore, jnp.array(0.5), weight)
+        apart = training.prior_diffusion(sampler, encode, restore, jnp.array(0.5), joint=False)
+        return both(params, KEY, x0, y), apart(params, KEY, x0, y)
+
+    (all_of_it, apart), (half, _) = losses(2.0), losses(1.0)
+    np.testing.assert_allclose(all_of_it - half, apart, rtol=1e-4, atol=1e-5)
+    assert np.all(half > apart)
+
     def gradient(joint):
-        sampler = training.prior_sampler(data, network, lambda scale, y: scale * y, solvers.ancestral(), grid)
         loss = lambda params, teacher: training.prior_diffusion(sampler, encode, restore, teacher, joint=joint)(
             params, KEY, x0, y
         ).mean()
