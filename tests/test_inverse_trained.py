@@ -42,7 +42,7 @@ def denoiser(dtype=jnp.float32):
 
 
 def tuned(**settings):
-    settings = {"iterations": 2, "every": 2, "variance": 0.5} | settings
+    settings = {"iterations": 2, "every": 2, "variance": 0.5, "optimiser": inverse.adam(0.1)} | settings
     decode, encode = (lambda z: jnp.asarray(DECODER, z.dtype) @ z), (lambda x: jnp.asarray(ENCODER, x.dtype) @ x)
     return inverse.p2l(denoiser(jnp.result_type(float)), SEEN, decode=decode, encode=encode, **settings)
 
@@ -128,7 +128,8 @@ def test_p2l_inpaints_better_than_the_null_condition():
         def one(key, y):
             seen = inverse.measurement(inverse.mask(kept), y, 0.1)
             told = guidance.conditioned(model, condition)
-            guided = inverse.p2l(told, seen, iterations=iterations, every=4, variance=0.05)
+            settings = {"iterations": iterations, "optimiser": inverse.adam(0.1)}
+            guided = inverse.p2l(told, seen, every=4, variance=0.05, **settings)
             return sample(key, guided, solvers.ddim(), grid, shape=(3,)).x
 
         keys, y = jax.random.split(KEY, count), jnp.asarray(x[:, kept], jnp.float32)

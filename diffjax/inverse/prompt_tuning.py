@@ -49,7 +49,7 @@ def p2l(
         z0 <- z0 + scale sigma^2 / alpha grad_z log h(z, level; c)
 
     The first line fits the condition, at high noise by maximum likelihood; nothing holds it to likely conditions, so
-    few iterations are part of the method.  The third keeps latents in the range of the encoder.  The last is
+    few and small steps are part of the method.  The third keeps latents in the range of the encoder.  The last is
     `tilted` with c held constant (the paper moves the state instead, by a fixed multiple of the gradient of a norm,
     which only its own step length can say).  The optimiser starts afresh at every call.
 
@@ -58,7 +58,7 @@ def p2l(
         measurement: of what ``decode`` gives.
         decode, encode: the autoencoder, of one sample; by default the denoiser's own space.
         iterations: of the optimiser a call, at least 0; 0 leaves the condition as it is.
-        optimiser: as `red_diff`'s (optax has them); default ``adam(0.1)``.
+        optimiser: as `red_diff`'s (optax has them); default ``adam(0.01)``, for conditions of size 1.
         twist: of latents, for data consistency; default ``p(y | decode(z0))`` (`likelihood`).
         scale: of the last line, a number or a function of the level; 0 leaves it out.
         every: calls from one projection to the next, the first at the call of that number; 0: never.  Linear operators.
@@ -85,7 +85,7 @@ def p2l(
     decode, encode = as_value(decode), as_value(encode)
     seen = Decoded(measurement, decode)
     twist = DecodedLikelihood(seen) if twist is None else as_value(twist)
-    optimiser = adam() if optimiser is None else optimiser
+    optimiser = adam(0.01) if optimiser is None else optimiser
     if isinstance(optimiser, tuple):  # optax's, of plain functions
         optimiser = Optimiser(*optimiser)
     return PromptTuned(denoise, seen, encode, optimiser, twist, as_scale("scale", scale), variance, iterations, every)
