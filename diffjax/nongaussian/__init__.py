@@ -1,4 +1,4 @@
-"""Forward processes whose noise is not Gaussian: heavy tails, counts, the simplex, tokens, warps."""
+"""Forward processes whose noise is not Gaussian: heavy tails, counts, the simplex, tokens, manifolds, warps."""
 
 from diffjax.nongaussian.corruption import flowed as flowed
 from diffjax.nongaussian.corruption import restored as restored
@@ -18,6 +18,10 @@ from diffjax.nongaussian.electrostatic import electrostatic_loss as electrostati
 from diffjax.nongaussian.electrostatic import electrostatic_noise as electrostatic_noise
 from diffjax.nongaussian.electrostatic import electrostatic_points as electrostatic_points
 from diffjax.nongaussian.electrostatic import electrostatic_prior as electrostatic_prior
+from diffjax.nongaussian.manifolds import geodesic_walk as geodesic_walk
+from diffjax.nongaussian.manifolds import heat_mixture as heat_mixture
+from diffjax.nongaussian.manifolds import sphere as sphere
+from diffjax.nongaussian.manifolds import torus as torus
 from diffjax.nongaussian.restoration import block_averages as block_averages
 from diffjax.nongaussian.restoration import consistent as consistent
 from diffjax.nongaussian.restoration import critic_losses as critic_losses
@@ -32,5 +36,8 @@ from diffjax.nongaussian.simplex import joined as joined
 from diffjax.nongaussian.simplex import reverse_jacobi as reverse_jacobi
 from diffjax.nongaussian.simplex import simplex_points as simplex_points
 from diffjax.nongaussian.simplex import sticks as sticks
+from diffjax.nongaussian.token_chains import completed_reward as completed_reward
+from diffjax.nongaussian.token_chains import token_points as token_points
+from diffjax.nongaussian.token_chains import unmasking_chain as unmasking_chain
 from diffjax.nongaussian.tokens import guided_logits as guided_logits
 from diffjax.nongaussian.tokens import unmasked as unmasked

@@ -6,6 +6,8 @@ from diffjax.smc.branching import blockwise as blockwise
 from diffjax.smc.branching import scg as scg
 from diffjax.smc.branching import single as single
 from diffjax.smc.branching import svdd as svdd
+from diffjax.smc.chains import branch_chain as branch_chain
+from diffjax.smc.chains import steer_chain as steer_chain
 from diffjax.smc.composition import annealed_mcmc as annealed_mcmc
 from diffjax.smc.composition import composed as composed
 from diffjax.smc.composition import distillation_loss as distillation_loss
