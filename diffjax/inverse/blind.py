@@ -115,7 +115,7 @@ def blind_dps(solver: Solver, measurement: Measurement, step: Array = 1.0, spars
         sparsity: at least 0: a number for the whole state, or a tree with one for every leaf of it,
             ``{"image": 0.0, "kernel": 0.1}``.
 
-    Parallel Diffusion Models of Operator and Image for Blind Inverse Problems, arXiv:2211.10656, algorithm 1.
+    Parallel Diffusion Models of Operator and Image for Blind Inverse Problems, arXiv:2211.10656.
 
     Raises ValueError for a solver without ``update``, and a step or sparsity below 0.
     """

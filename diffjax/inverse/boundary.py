@@ -50,8 +50,7 @@ def best_boundary(
 
     Returns `Boundary`; K R runs of the sampler.
 
-    Solving Diffusion ODEs with Optimal Boundary Conditions for Better Image Super-Resolution, arXiv:2305.15357,
-    section 3.3.
+    Solving Diffusion ODEs with Optimal Boundary Conditions for Better Image Super-Resolution, arXiv:2305.15357.
 
     Raises ValueError if leading axes differ or are empty, or for a batch below 1.
 

@@ -245,7 +245,7 @@ def diffusion_mbir(
         iterations: of ADMM a step, at least 0; inner: of conjugate gradients an iteration, at least 1.
         on: "state" (as published) or "estimate".
 
-    Solving 3D Inverse Problems using Pre-trained 2D Diffusion Models, arXiv:2211.10655, algorithm 1.
+    Solving 3D Inverse Problems using Pre-trained 2D Diffusion Models, arXiv:2211.10655.
 
     Raises ValueError for a nonlinear operator and arguments out of range.
     """

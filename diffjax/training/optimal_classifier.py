@@ -157,7 +157,7 @@ def token_visits(
 
     Conditional, potential ``F(x)`` and sizes are those of `diffjax.nongaussian.unmasked`; levels are None.
 
-    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666, algorithm 1.
+    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666.
     """
     guide = None if potential is None else lambda x: scale * potential(x)
 
@@ -173,7 +173,7 @@ def token_visits(
 def token_tilt(apply: Callable[..., Array], params: Tree, rewards: Array, eta: Array = 1.0) -> TokenTilt:
     """The potential ``log sum_k p(bin k | x) exp(eta rewards[k])`` of a classifier ``apply(params, x) -> (K,)`` logits.
 
-    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666, equation 6.
+    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666.
     """
     return TokenTilt(params, rewards, eta, apply)
 
@@ -216,7 +216,7 @@ def optimal_token_classifier(
 
     Returns a `Round` for each; guide with ``unmasked(..., potential=token_tilt(apply, params, rewards, eta))``.
 
-    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666, algorithm 1.
+    Efficient Controllable Diffusion via Optimal Classifier Guidance, arXiv:2505.21666.
 
     Raises ValueError for edges that do not increase or rewards that do not fit them.
     """
