@@ -14,11 +14,21 @@ import numpy as np
 import pytest
 
 import diffjax
-from diffjax import training
+from diffjax import guidance, training
 from diffjax.catalogue import catalogue
 from diffjax.solvers import ddim
 from experiments import __main__ as listing
-from experiments import _run, _solvers, baselines, digits, mixture, processes, solvers
+from experiments import (
+    _ising,
+    _lorenz,
+    _run,
+    _solvers,
+    baselines,
+    digits,
+    mixture,
+    processes,
+    solvers,
+)
 from experiments._marginals import gaussian_panels
 from experiments._other_marginals import other_panels
 from experiments._problems import moments
@@ -240,3 +250,76 @@ def test_latents_are_principal_components():
     values = np.linalg.eigvalsh(flat.T @ flat)[::-1]
     np.testing.assert_allclose(np.sum((space.decode(latents) - images) ** 2), values[5:].sum(), rtol=1e-5)
     assert space.shape == (5,) and latents.shape == (50, 5)
+
+
+def check_fields(folder, result, output):
+    """Every law of both systems, and pictures."""
+    for condition in ("field", "temperature"):
+        points = result["magnet"][condition]
+        assert set(points) == {"exact", "extrapolated law", "classifier_free", "characteristic"}
+        assert all(len(each) == 2 for each in points.values())
+        # at scale 1 there is no guidance, and the noise is the same: what is left is round-off before the sign
+        same = [points[name][0]["size"] for name in ("extrapolated law", "classifier_free", "characteristic")]
+        np.testing.assert_allclose(same, same[0], atol=0.05)
+    (each,) = result["lorenz"].values()
+    assert each["probability"] == pytest.approx(0.1, abs=0.01) and len(each["estimates"]) == 2
+    assert all(np.isfinite(each[name]["distance"]) for name in ("guided", "particles"))
+    assert each["twist"][-1] == pytest.approx(each["probability"], abs=4 * np.sqrt(0.1 * 0.9 / 16))
+    for picture in ("magnet", "lorenz"):
+        assert (folder / f"{picture}.png").stat().st_size > 5000
+
+
+def _enumerated(beta, fields):
+    """All states of a small magnet and their probabilities."""
+    states = _ising.ring_states(fields.size).reshape(-1, *fields.shape)
+    energy = (states * np.roll(states, 1, 2)).sum((1, 2)) + (states[:, 1:] * states[:, :-1]).sum((1, 2))
+    exponents = beta * energy + (states * fields).sum((1, 2))
+    return states, energy, exponents, np.exp(exponents) / np.exp(exponents).sum()
+
+
+def test_the_magnet_is_that_of_all_its_states(x64):
+    """Log Z, observables and the denoiser against the sum over 2^9 states."""
+    states, energy, exponents, p = _enumerated(0.4, np.full((3, 3), 0.13))
+    np.testing.assert_allclose(_ising.log_partition(0.4, jnp.full((3, 3), 0.13)), np.log(np.exp(exponents).sum()))
+    m, found = states.mean((1, 2)), _ising.exact(0.4, 0.13, (3, 3))
+    np.testing.assert_allclose(found, (p @ m, np.sqrt(p @ m**2), p @ energy / 15), rtol=1e-5)
+    level, x = diffjax.processes.vp().level(0.4), np.random.default_rng(0).normal(size=(3, 3))
+    _, _, _, seen = _enumerated(0.4, 0.13 + level.alpha * x / level.sigma**2)
+    estimate = _ising.Ising((0.4, 0.13))(jnp.asarray(x), level)
+    np.testing.assert_allclose(estimate, np.einsum("n,nij->ij", seen, states), rtol=1e-9)
+    weights = np.random.default_rng(1).choice(len(p), 20000, p=p)
+    np.testing.assert_allclose(_ising.measured(states[weights]), found, atol=4 / np.sqrt(20000))
+
+
+@pytest.mark.paper("Characteristic Guidance: Non-linear Correction for Diffusion Model at Large Guidance Scale")
+def test_guidance_by_a_field_is_exact_for_spins(x64):
+    """A linear tilt of a law that is anything but Gaussian, at scale 8; plain guidance is wrong."""
+    generator, scale, plain = np.random.default_rng(0), 8.0, _ising.Ising((0.3, 0.05))
+    spins, eps = generator.choice([-1.0, 1.0], (4, 3, 3)), generator.normal(size=(4, 3, 3))
+    levels = diffjax.processes.vp().level(np.array([0.3, 0.45]))
+
+    def estimates(level, spin, eps):
+        x, shift = level.alpha * spin + level.sigma * eps, level.sigma**2 * 0.05 / level.alpha
+        both = plain(x + (scale - 1) * shift, level), _ising.Ising((0.3, 0.0))(x + scale * shift, level)
+        guided = guidance.characteristic(plain, (0.3, 0.0), scale, 200, 0)(x, level)
+        naive = guidance.classifier_free(plain, (0.3, 0.0), scale)(x, level)
+        return _ising.Ising((0.3, scale * 0.05))(x, level), *both, guided, naive
+
+    many = jax.jit(jax.vmap(jax.vmap(estimates, (None, 0, 0)), (0, None, None)))
+    wanted, *both, guided, naive = many(levels, spins, eps)
+    for each in both:  # with the shift sigma^2 field / alpha both are the estimate that is wanted
+        np.testing.assert_allclose(each, wanted, rtol=1e-9, atol=1e-12)
+    assert np.abs(guided - wanted).max() < 1e-3  # the plain iteration is slow and sure
+    assert np.abs(naive - wanted).max() > 0.1
+
+
+def test_trajectories_are_denoised_as_a_mixture_is(x64):
+    paths = _lorenz.trajectories(40, times=4)
+    x, level = np.random.default_rng(0).normal(size=(4, 3)), diffjax.processes.vp().level(0.3)
+    expected = diffjax.oracles.mixture(np.ones(40), paths, np.full(40, 0.04))(jnp.asarray(x), level)
+    denoise = _lorenz.Trajectories(jnp.asarray(paths, float), 0.2)
+    np.testing.assert_allclose(denoise(jnp.asarray(x), level), expected, rtol=1e-6)
+    limit, draws = _lorenz.rejected(_lorenz.lobe, 0.1, paths, 0.2)
+    assert len(draws) == 32 and np.all(draws[:, :, 0].mean(1) > limit)
+    # on the attractor, where z stays within known bounds, and all of them go somewhere
+    assert np.abs(paths).max() < 4 and paths.std(0).min() > 0.3

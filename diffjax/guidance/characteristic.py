@@ -21,11 +21,12 @@ def characteristic(denoise: Any, null: Tree, scale: Any = 1.0, iterations: int =
 
     With w = scale - 1 and x1 = x + w d, x2 = x + (1 + w) d, the paper's ``d = sigma (eps_null(x2) - eps_c(x1))`` says
     ``x0_c(x1) = x0_null(x2)``: the paths of both models through these states come from the same clean sample, and so
-    does the guided path, since ``(1 + w) x1 - w x2 = x``.  In this form nothing is divided by alpha or sigma.  For
-    Gaussian laws the result is the denoiser of ``p_c^scale p^(1 - scale)`` at every level; in general the guided
-    density obeys the Fokker-Planck equation as far as the laws are locally Gaussian, and that of plain guidance does
-    not.  d is found by Anderson acceleration of ``d <- d + alpha (x0_c - x0_null)``; after 0 iterations d = 0, plain
-    classifier-free guidance.
+    does the guided path, since ``(1 + w) x1 - w x2 = x``.  In this form nothing is divided by alpha or sigma.  The
+    result is the denoiser of ``p_c^scale p^(1 - scale)`` at every level for Gaussian laws, and for any law if the
+    condition is a linear tilt, p_c ~ p e^(b . x) (d = sigma^2 b / alpha); in general the guided density obeys the
+    Fokker-Planck equation as far as the laws are locally Gaussian, and that of plain guidance does not.  Where that
+    law has separate modes and the two given ones have not, d may have several solutions.  It is found by Anderson
+    acceleration of ``d <- d + alpha (x0_c - x0_null)``; after 0 iterations d = 0, plain classifier-free guidance.
 
     Args:
         denoise, null, scale: as in `classifier_free`.
