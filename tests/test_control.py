@@ -76,8 +76,12 @@ def _doob(steps):
         Linear(MATRIX, SHIFT), SCALE, np.linspace(0.0, END, steps + 1), linear_sde(MATRIX, SHIFT, SCALE)
     )
     h = smoothing.quadratic(PRECISION, PRECISION @ TARGET, -0.5 * TARGET @ PRECISION @ TARGET)
-    message, source = segment.backward(h)
-    return segment, message, source
+    return segment, *_backward(segment, h)
+
+
+@jax.jit
+def _backward(segment, h):
+    return segment.backward(h)
 
 
 def _rolled(problem, control, count=4000, seed=0):
@@ -89,7 +93,7 @@ def _rolled(problem, control, count=4000, seed=0):
 def test_the_h_transform_is_the_optimal_control_and_its_weights_do_not_vary():
     exact, best = _value(np.zeros((2, 2)))
     deviations = []
-    for steps in (32, 128):
+    for steps in (16, 64):
         segment, message, source = _doob(steps)
         np.testing.assert_allclose(-source(START), exact, atol=2e-7)
         control = smoothing.doob_control(segment, message)
@@ -106,7 +110,7 @@ def test_the_h_transform_is_the_optimal_control_and_its_weights_do_not_vary():
         error = np.std(rolled.cost) / np.sqrt(len(rolled.cost))
         assert abs(np.mean(rolled.cost) - exact) < 4 * error + 0.5 / steps
     # what is left of the variance is the grid's, of first order
-    assert deviations[0] < 0.15 and 3 < (deviations[0] / deviations[1]) ** 2 < 5.3
+    assert deviations[0] < 0.2 and 3 < (deviations[0] / deviations[1]) ** 2 < 5.3
 
 
 def test_every_control_has_weights_of_the_same_mean_and_a_greater_cost():
@@ -138,14 +142,13 @@ def test_running_costs_are_observations_on_the_way():
             move = smoothing.linear_gaussian(jnp.eye(2) + d * MATRIX, d * SHIFT, np.sqrt(d) * SCALE)
             return smoothing.sequential(smoothing.observed(cost), move)
 
-        kernel = smoothing.chain(jax.vmap(link)(jnp.arange(steps)), associative=True)
+        kernel = smoothing.chain(jax.vmap(link)(jnp.arange(steps)))
         h = smoothing.quadratic(PRECISION, PRECISION @ TARGET, -0.5 * TARGET @ PRECISION @ TARGET)
-        found.append(-kernel.backward(h)[1](START))
-        problem = _problem(steps, Square(RUNNING, np.zeros(2)))
-        rolled = _rolled(problem, lambda x, t: jnp.zeros(2), 4000)
-        z = np.exp(np.asarray(rolled.log_weight))
-        # the same chain, by simulation: no error of the grid
-        assert abs(z.mean() - np.exp(-found[-1])) < 4 * z.std() / np.sqrt(z.size)
+        found.append(-jax.jit(lambda kernel, h: kernel.backward(h)[1](START))(kernel, h))
+    # the same chain, by simulation: no error of the grid
+    problem = _problem(steps, Square(RUNNING, np.zeros(2)))
+    z = np.exp(np.asarray(_rolled(problem, lambda x, t: jnp.zeros(2), 4000).log_weight))
+    assert abs(z.mean() - np.exp(-found[-1])) < 4 * z.std() / np.sqrt(z.size)
     assert abs(found[1] - exact) < 0.02
     np.testing.assert_allclose(2 * found[1] - found[0], exact, atol=3e-4)
 
