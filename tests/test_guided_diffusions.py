@@ -12,8 +12,11 @@ from diffjax import guidance, inverse, oracles, processes, smc, smoothing
 from diffjax.levels import value
 from diffjax.smoothing import diffusion, euler, linear_sde, point
 from diffjax.smoothing.composition import at
+from diffjax.smoothing.diffusion import guided_step, transition
+from diffjax.smoothing.gaussian import pulled
 
 POINTS = np.linspace(-4, 4, 501)
+LOG_ROOT = 0.5 * np.log(2 * np.pi)
 WIDTH = POINTS[1] - POINTS[0]
 
 
@@ -154,6 +157,30 @@ def test_weights_of_a_nonlinear_bridge_are_unbiased_for_the_transition_density()
     column = np.array([np.interp(end, POINTS, row) for row in last])
     exact = _at(_pulled(Well(), wavy, times[:-1], column)[0], -0.6)
     _unbiased(guided.log_weight, exact, within=0.08)
+
+
+@pytest.mark.paper("Automatic Backward Filtering Forward Guiding for Markov processes and graphical models")
+def test_the_rate_of_the_log_weight_is_the_generators_difference():
+    """(d/dt + L) h / h by automatic differentiation in two dimensions, as (d/dt + L~) h = 0; nothing is drawn."""
+    drift = lambda x, t: jnp.array([jnp.sin(x[1]) - x[0] ** 3, t * x[0]])
+    scale = lambda x, t: jnp.array([[0.7 + 0.2 * jnp.cos(x[0]), 0.1 * x[1]], [0.3, 0.5 + 0.1 * t]])
+    auxiliary = linear_sde(lambda t: MATRIX + t * np.eye(2), lambda t: (1 + t) * SHIFT, lambda t: (1.2 - t) * SCALE)
+    end = smoothing.quadratic(np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([1.0, -0.5]), 0.3)
+    segment = diffusion(drift, scale, np.array([0.3, 0.35]), auxiliary)
+    x, t = jnp.array([0.4, -0.7]), jnp.asarray(0.3)
+
+    @jax.jit
+    def rates(x, t):
+        back = lambda t: pulled(end, *transition(auxiliary, t, 0.35 - t))
+        log_h = lambda x, t: back(t)(x)
+        slope, spread = jax.grad(log_h)(x, t), scale(x, t)
+        curvature = jax.hessian(log_h)(x, t) + jnp.outer(slope, slope)
+        found = guided_step(segment, back(t), x, t, jnp.asarray(0.01), jnp.ones(2))[1] / 0.01
+        return found, jax.grad(log_h, 1)(x, t) + drift(x, t) @ slope + 0.5 * jnp.trace(spread @ spread.T @ curvature)
+
+    found, wanted = rates(x, t)
+    assert abs(wanted) > 0.3
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)  # the moments are those of one Runge-Kutta step
 
 
 @pytest.mark.paper("Automatic Backward Filtering Forward Guiding for Markov processes and graphical models")
@@ -315,6 +342,40 @@ def test_a_tilted_reverse_process_is_a_guided_diffusion():
         np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6)
     weights = jax.jit(lambda message, z: segment.forward(message, x, z).log_weight)(message, np.ones((64, 2)))
     np.testing.assert_allclose(weights, 0.0, atol=1e-9)
+
+
+def test_a_guided_reverse_process_weighs_the_evidence_of_a_mixture():
+    """The reverse SDE of a mixture, guided by that of a Gaussian of its mean and variance: log p(y) from weights."""
+    process, stop, std = processes.vp(), 2e-3, 0.4
+    weights, means, variances = np.array([0.3, 0.7]), np.array([[-1.0], [0.8]]), np.array([0.1, 0.15])
+    prior = oracles.mixture(weights, means, variances)
+    mean = weights @ means[:, 0]
+    stand_in = oracles.gaussian(np.array([mean]), weights @ (variances + means[:, 0] ** 2) - mean**2)
+    drift, scale = smoothing.reversed_dynamics(process, prior)
+    auxiliary = smoothing.linearised(smoothing.reversed_dynamics(process, stand_in)[0], scale, np.zeros(1))
+    y = 0.1
+    h = smoothing.quadratic(np.eye(1) / std**2, np.array([y]) / std**2, -0.5 * (y / std) ** 2 - np.log(std) - LOG_ROOT)
+
+    @jax.jit
+    def run(keys, times):
+        kernel = smoothing.sequential(
+            smoothing.normal_prior(np.zeros(1), np.eye(1)), euler(drift, scale, times, auxiliary)
+        )
+        return jax.vmap(lambda key: smoothing.smooth(key, kernel, h, jnp.zeros(0)).log_weight)(keys)
+
+    found, errors = [], []
+    for steps in (48, 96):
+        # steps in proportion to the time that is left
+        times = process.end - np.geomspace(1.0 + 0.05, stop + 0.05, steps + 1) + 0.05
+        z = np.exp(np.asarray(run(jax.random.split(jax.random.key(steps), 8000), times)))
+        found.append(z.mean())
+        errors.append(z.std() / np.sqrt(z.size))
+    exact = np.sum(weights * np.exp(-0.5 * (y - means[:, 0]) ** 2 / (variances + std**2)) / np.sqrt(variances + std**2))
+    exact = exact * np.exp(-LOG_ROOT)
+    error = np.hypot(2 * errors[1], errors[0])
+    # extrapolated; what is left of the noise at the last level
+    assert abs(2 * found[1] - found[0] - exact) < 4 * error + 0.01 * exact, (found, errors, exact)
+    assert 4 * error < 0.1 * exact
 
 
 def test_arguments_that_do_not_fit_are_refused():

@@ -87,6 +87,7 @@ def test_the_composed_optic_of_a_gaussian_chain_is_the_smoother_however_it_is_br
         flat = ravel_pytree(kernel.noise(jax.random.key(3)))[0]
         assert noise is None or np.array_equal(noise, flat)  # noise belongs to the number of the kernel
         noise = flat
+        assert len(np.unique(flat)) == len(flat)
         # a draw is affine in the noise: its value at 0 is the mean, its derivative a root of the covariance
         middle, root = _affine_draw(kernel, message)
         np.testing.assert_allclose(middle, mean, atol=1e-12)
@@ -147,6 +148,31 @@ def test_a_chain_is_one_kernel_of_its_kind():
     pull = jax.jit(lambda kernel, h: (kernel.element().pull(h), kernel.backward(h)[1]))
     for found, wanted in zip(*map(jax.tree.leaves, pull(chain(stacked), h)), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-10)
+
+
+def test_precise_observations_are_smoothed_in_single_precision():
+    """A local level seen with an error of 1e-3: smoothing marginals to float32, by both scans, against float64."""
+    with jax.enable_x64(False):
+        y = np.cumsum(np.random.default_rng(1).standard_normal(8)).astype(np.float32)
+
+        def link(y):
+            seen = linear_gaussian(np.eye(1), np.zeros(1), np.array([[1e-3]])).backward(point(y[None]))[1]
+            return sequential(linear_gaussian(np.eye(1), np.zeros(1), np.eye(1)), observed(seen))
+
+        stacked = jax.vmap(link)(y)
+        prior = smoothing.Normal(jnp.zeros(1), jnp.eye(1), jnp.zeros(()))
+        for associative in (False, True):
+            begin, marginals = _smoothed(chain(stacked, associative), smoothing.flat(1), prior, jnp.zeros(1))[2:4]
+            assert marginals.mean.dtype == np.float32
+            joint = np.diag(np.full(9, 2.0)) - np.eye(9, k=1) - np.eye(9, k=-1) + 0.0
+            joint[0, 0], joint[8, 8] = 2.0, 1.0
+            joint[1:, 1:] += 1e6 * np.eye(8)
+            cover = np.linalg.inv(joint)
+            mean = cover[:, 1:] @ (1e6 * y.astype(float))
+            np.testing.assert_allclose(marginals.mean[:, 0], mean[1:], atol=2e-6 * abs(y).max())
+            np.testing.assert_allclose(begin.mean[0], mean[0], rtol=1e-5)
+            np.testing.assert_allclose(marginals.covariance[:, 0, 0], np.diag(cover)[1:], rtol=1e-4)
+            np.testing.assert_allclose(begin.covariance[0, 0], cover[0, 0], rtol=1e-5)
 
 
 def test_a_known_end_is_a_bridge():

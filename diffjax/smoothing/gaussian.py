@@ -106,19 +106,21 @@ def pulled(h: Quadratic | Point, matrix: Array, shift: Array, covariance: Array)
             weighted @ (h.x - shift),
             h.log_scale + _log_normal(h.x - shift, covariance),
         )
-    spread = jnp.eye(len(shift), dtype=covariance.dtype) + covariance @ h.precision
-    after = jnp.linalg.solve(spread, covariance)  # the covariance given h
+    # (I + H Q)^-1 H = H - H (I + Q H)^-1 Q H, without the difference of two large numbers
+    spread = jnp.eye(len(shift), dtype=covariance.dtype) + h.precision @ covariance
     pull = h.gradient(shift)
-    kept = h.precision - h.precision @ after @ h.precision
-    log_scale = h(shift) + 0.5 * pull @ (after @ pull) - 0.5 * jnp.linalg.slogdet(spread)[1]
-    return Quadratic(_symmetric(matrix.T @ kept @ matrix), matrix.T @ (pull - h.precision @ (after @ pull)), log_scale)
+    kept = jnp.linalg.solve(spread, jnp.concatenate([h.precision, pull[:, None]], axis=1))
+    log_scale = h(shift) + 0.5 * pull @ (covariance @ kept[:, -1]) - 0.5 * jnp.linalg.slogdet(spread)[1]
+    return Quadratic(_symmetric(matrix.T @ kept[:, :-1] @ matrix), matrix.T @ kept[:, -1], log_scale)
 
 
 def guided_affine(h: Quadratic, matrix: Array, shift: Array, covariance: Array) -> tuple[Array, Array, Array]:
     """The kernel ``N(matrix x + shift, covariance)`` given h after it, in the same form."""
     spread = jnp.eye(len(shift), dtype=covariance.dtype) + covariance @ h.precision
-    after = _symmetric(jnp.linalg.solve(spread, covariance))
-    return matrix - after @ (h.precision @ matrix), shift + after @ h.gradient(shift), after
+    columns = [matrix, (shift + covariance @ h.shift)[:, None], covariance]
+    solved = jnp.linalg.solve(spread, jnp.concatenate(columns, axis=1))
+    source = matrix.shape[1]
+    return solved[:, :source], solved[:, source], _symmetric(solved[:, source + 1 :])
 
 
 def _log_normal(offset: Array, covariance: Array) -> Array:
