@@ -130,6 +130,23 @@ def test_every_control_has_weights_of_the_same_mean_and_a_greater_cost():
         )
 
 
+def test_a_path_has_the_weight_of_the_control_whatever_it_followed():
+    """The same path, driven by other noise under the control itself."""
+    problem, v = _problem(8, Square(RUNNING, np.zeros(2))), np.array([-0.2, 0.9])
+    u, follow = Linear(0.3 * np.eye(2), np.array([0.5, -0.4])), lambda x, t: v
+
+    @jax.jit
+    def both(noise):
+        followed = problem.rollout(u, START, noise, follow)
+        before = jnp.concatenate([START[None], followed.path[:-1]])
+        other = noise + np.sqrt(END / 8) * (v - jax.vmap(u, (0, None))(before, 0.0))
+        return followed, problem.rollout(u, START, other)
+
+    followed, own = both(problem.noise(jax.random.key(0), START))
+    np.testing.assert_allclose(followed.path, own.path, rtol=1e-10)
+    np.testing.assert_allclose(followed.log_weight, own.log_weight, rtol=1e-10)
+
+
 def test_running_costs_are_observations_on_the_way():
     """exp(-f dt) at every step of a chain, against the Riccati equations; first order, extrapolated."""
     exact, _ = _value(RUNNING)
