@@ -97,6 +97,45 @@ def test_evidence_is_unbiased_on_the_natural_scale(name, particles, chain):
     assert (found.nfe == particles * len(GRID)).all() and (found.failed_at == -1).all()
 
 
+@pytest.mark.paper("Practical and Asymptotically Exact Conditional Sampling in Diffusion Models")
+@pytest.mark.parametrize("particles", [2, 4])
+def test_inpainting_twist_is_unbiased_and_meets_y(particles, chain):
+    """An exact y through TDS: met to rounding, E[Z] the density of the chain whose last step is widened where seen."""
+    seen = seen_with(0.0)
+
+    def run(key):
+        twist = inverse.inpainting(seen)
+        options: Any = dict(particles=particles, twist=twist, dtype=jnp.float64)
+        return steer(key, PRIOR, ANCESTRAL, GRID, (2,), **options)
+
+    found = jax.jit(jax.vmap(run))(KEYS[:8000])
+    rows, z = ANCESTRAL.plan(GRID), np.exp(np.asarray(found.log_z))
+    exact = evidence_of_chain(chain[-1:], 0.0, float(rows.t.sigma[-1] / rows.t.alpha[-1]) ** 2)
+    error = z.std() / np.sqrt(z.size)
+    assert error < 0.05 * exact and abs(z.mean() - exact) < 4 * error, (z.mean(), error, exact)
+    np.testing.assert_allclose(found.x @ ROW, Y, rtol=1e-9)
+    assert (found.nfe == particles * len(GRID)).all() and (found.failed_at == -1).all()
+
+
+@pytest.mark.paper("Practical and Asymptotically Exact Conditional Sampling in Diffusion Models")
+def test_inpainting_where_replacement_is_biased():
+    """The hidden entry given the other, of a strongly correlated pair: TDS has its mean, replacement is off."""
+    prior = oracles.gaussian(np.zeros(2), np.array([[1.0, 0.9], [0.9, 1.0]]))
+    seen = inverse.measurement(inverse.mask(np.array([True, False])), np.array([1.5]), 0.0)
+    mean, variance, grid = 0.9 * 1.5, 1 - 0.9**2, grids.log_snr(VP, 60)
+    options: Any = dict(particles=512, twist=inverse.inpainting(seen), dtype=jnp.float64)
+    found = steer(KEYS[0], prior, ANCESTRAL, grid, (2,), **options)
+    w = np.asarray(smc.normalised(found.log_weights))
+    got = w @ np.asarray(found.x)[:, 1]
+    assert abs(got - mean) < 4 * np.sqrt(variance * (w**2).sum()) + 0.03
+    np.testing.assert_allclose(found.log_z, -0.5 * (1.5**2 + np.log(2 * np.pi)), atol=0.1)
+    replaced = lambda key: (
+        sample(key, inverse.replacement(prior, seen, key), ANCESTRAL, grid, shape=(2,), dtype=jnp.float64).x
+    )
+    x = np.asarray(jax.jit(jax.vmap(replaced))(KEYS[:2000]))
+    assert abs(x[:, 1].mean() - mean) > 4 * x[:, 1].std() / 2000**0.5 + 0.05
+
+
 MIXTURE = oracles.mixture(np.array([0.4, 0.6]), np.array([[1.0, 0.8], [-0.4, -1.0]]), np.array([0.3, 0.5]))
 
 

@@ -16,6 +16,7 @@ from diffjax.inverse.exact import evidence, exact, posterior
 from diffjax.inverse.filters import conjugate, fps, mcgdiff
 from diffjax.inverse.forward_models import draw_signal, signal, through
 from diffjax.inverse.images import blur, colourisation, downsample, fourier, gaussian_kernel, radon
+from diffjax.inverse.inpainting import inpainting
 from diffjax.inverse.learned_prior import expectation_maximisation, fit_gaussian
 from diffjax.inverse.measurement import Measurement, gaussian_noise, measurement, poisson_noise
 from diffjax.inverse.nonlinear import hdr, jpeg, nonlinear, phase_retrieval, saturation

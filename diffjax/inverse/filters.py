@@ -128,13 +128,13 @@ def _check(self: Any, t: Level) -> None:
         raise ValueError("a filter follows a path of falling noise: the grid must not go back in time.")
 
 
-def _start(self: Any, x: Tree) -> Array:
+def minus_constant(self: Any, x: Tree) -> Array:
     """Minus what takes densities of A^+ y to those of y: the change of volume, and what of y no x can explain."""
     a, seen = self.measurement.operator, self.measurement
     squared = _squared(a, x)
     y = seen.observed(x)
     rest = jax.tree.map(jnp.subtract, y, a(pseudo_inverse(a, y)))
-    noise = _noise(seen, x)
+    noise = noise_variance(seen, x)
     missing = shapes(a.output_shape).entries - jnp.sum(squared > 0)
     safe = jnp.where(noise > 0, noise, 1.0)
     outside = jnp.where(noise > 0, -0.5 * (dot(rest, rest) / safe + missing * jnp.log(2 * jnp.pi * safe)), 0.0)
@@ -151,7 +151,7 @@ def _plan(self: Any, x: Tree, rows: Row) -> tuple[Any, Any]:
 def _ahead(self: Any, mean: Tree, std: Array, row: Row, own: Any) -> Array:
     """``log N(u; m / alpha_s, w + V)`` over the seen directions."""
     potential, anchor, given = self.at(mean, row, own)
-    return _log_density(self.measurement.operator, _gap(anchor, mean, row), *_totals(potential, std, row)) - given
+    return log_normal(self.measurement.operator, _gap(anchor, mean, row), *_totals(potential, std, row)) - given
 
 
 def _draw(self: Any, noise: Tree, mean: Tree, std: Array, row: Row, own: Any) -> tuple[Tree, Array]:
@@ -171,7 +171,7 @@ def _draw(self: Any, noise: Tree, mean: Tree, std: Array, row: Row, own: Any) ->
     added = a.spectral(spread, noise)
     new = jax.tree.map(lambda m, d, z: (m + d + z).astype(m.dtype), mean, moved, added)
     leading = lambda q: _active(potential, q) & potential.leads(_safe(q))
-    return new, _log_density(a, _gap(anchor, new, row), leading, lambda q: potential.variance(_safe(q)))
+    return new, log_normal(a, _gap(anchor, new, row), leading, lambda q: potential.variance(_safe(q)))
 
 
 def noise_to_signal(level: Level) -> Array:
@@ -195,7 +195,7 @@ def _totals(potential: Potential, std: Array, row: Row) -> tuple[Any, Any]:
     return lambda q: _active(potential, q), lambda q: sum(_seen(potential, std, row, q)[1:])
 
 
-def _log_density(operator: Any, gap: Tree, active: Any, variance: Any) -> Array:
+def log_normal(operator: Any, gap: Tree, active: Any, variance: Any) -> Array:
     """log N(gap; 0, variance) over the directions that are active."""
     inverse = lambda q: jnp.where(active(q), 1 / jnp.where(active(q) & (variance(q) > 0), variance(q), 1.0), 0.0)
     squared = _squared(operator, gap)
@@ -207,7 +207,8 @@ def _gap(anchor: Tree, x: Tree, row: Row) -> Tree:
     return jax.tree.map(lambda u, leaf: u - leaf / row.s.alpha, anchor, x)
 
 
-def _noise(seen: Measurement, x: Tree) -> Array:
+def noise_variance(seen: Measurement, x: Tree) -> Array:
+    """The variance of isotropic noise."""
     return jax.tree.leaves(seen.variance(x))[0].reshape(-1)[0]
 
 
@@ -231,12 +232,12 @@ class Conjugate:
     measurement: Any
     variance: Array
     factory = "conjugate"
-    check, start, plan, ahead, draw = _check, _start, _plan, _ahead, _draw
+    check, start, plan, ahead, draw = _check, minus_constant, _plan, _ahead, _draw
 
     def at(self, x: Tree, row: Row, own: Any) -> tuple[Potential, Tree, Array]:
         """The potential, its anchor, and the log-density of what was drawn of y."""
         (anchor, _), last = own
-        noise, here = _noise(self.measurement, x), noise_to_signal(row.s)
+        noise, here = noise_variance(self.measurement, x), noise_to_signal(row.s)
         wide = jnp.where(last, 1.0, 1.0 + here / self.variance)  # 1 / k; at the last level g is the target
         anchor = jax.tree.map(lambda leaf: (wide * leaf).astype(leaf.dtype), anchor)
         total = lambda q: wide**2 * (noise / q + here / wide)
@@ -247,12 +248,12 @@ class Conjugate:
 class MCGDiff:
     measurement: Any
     factory = "mcgdiff"
-    check, start, plan, ahead, draw = _check, _start, _plan, _ahead, _draw
+    check, start, plan, ahead, draw = _check, minus_constant, _plan, _ahead, _draw
 
     def at(self, x: Tree, row: Row, own: Any) -> tuple[Potential, Tree, Array]:
         """As `Conjugate.at`."""
         (anchor, levels), _ = own
-        noise, here = _noise(self.measurement, x), noise_to_signal(row.s)
+        noise, here = noise_variance(self.measurement, x), noise_to_signal(row.s)
         place = lambda q: _place(levels, noise / q)
 
         def variance(q: Array) -> Array:
@@ -272,11 +273,11 @@ class FilteringPosterior:
     key: Array
     once: bool = static()
     factory = "fps"
-    check, start, ahead, draw = _check, _start, _ahead, _draw
+    check, start, ahead, draw = _check, minus_constant, _ahead, _draw
 
     def plan(self, x: Tree, rows: Row) -> tuple[Any, Any]:
         """``(the levels from the lowest, (the noised A^+ y, the log-density of its step) of every row)``."""
-        a, noise = self.measurement.operator, _noise(self.measurement, x)
+        a, noise = self.measurement.operator, noise_variance(self.measurement, x)
         anchor = pseudo_inverse(a, self.measurement.observed(x))
         levels = noise_to_signal(rows.s)[::-1]
 
@@ -287,7 +288,7 @@ class FilteringPosterior:
             active = lambda q: (q > 0) & (variance(q) > 0)
             gained = a.spectral(lambda q: jnp.where(active(q), root(variance(q)), 0.0), normal_like(key, x))
             # noise that is left at the lowest level is part of the target
-            return gained, jnp.where(lowest, 0.0, _log_density(a, gained, active, variance))
+            return gained, jnp.where(lowest, 0.0, log_normal(a, gained, active, variance))
 
         keys = jax.random.split(self.key, levels.size)
         before, lowest = jnp.concatenate([jnp.zeros(1), levels[:-1]]), jnp.arange(levels.size) == 0
@@ -298,7 +299,7 @@ class FilteringPosterior:
     def at(self, x: Tree, row: Row, own: Any) -> tuple[Potential, Tree, Array]:
         """As `Conjugate.at`."""
         levels, (anchor, given) = own
-        noise, here = _noise(self.measurement, x), noise_to_signal(row.s)
+        noise, here = noise_variance(self.measurement, x), noise_to_signal(row.s)
         if not self.once:
             return Potential(lambda q: noise / q, _always, lambda q: ~_always(q)), anchor, given
         place = lambda q: _place(levels, noise / q)

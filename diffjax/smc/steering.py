@@ -401,7 +401,8 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
     carry = Carry(particles, start(place, kind), zero, zero - 1)
     end, choices = jax.lax.scan(body, carry, (indices, rows, noises, plan))
     last = jax.tree.map(lambda leaf: leaf[-1], rows.s)
-    result, log_h, cost = _finish(options, models, end.particles, last)
+    before = last if options.denoised else jax.tree.map(lambda leaf: leaf[-1], rows.t)
+    result, log_h, cost = _finish(options, models, end.particles, last, before)
     weighted = gained(place, end.weighted, owed(log_h, end.particles.paid))
     lost = jnp.max(weighted.log_weights) == -jnp.inf
     collapsed_at = jnp.where((weighted.collapsed_at < 0) & lost, count, weighted.collapsed_at)
@@ -421,7 +422,9 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
     )
 
 
-def _finish(options: Options, models: Models, particles: Particle, last: Level) -> tuple[Tree, Array, Array]:
+def _finish(
+    options: Options, models: Models, particles: Particle, last: Level, before: Level
+) -> tuple[Tree, Array, Array]:
     """The particles as they are returned, log h there and the evaluations of all here."""
     local = particles.paid.shape[0]
     x, cost = particles.x, jnp.zeros((), jnp.int32)
@@ -431,6 +434,11 @@ def _finish(options: Options, models: Models, particles: Particle, last: Level) 
     if models.twist is None:
         return x, jnp.zeros_like(particles.paid), cost
     if options.denoised or options.ends:  # x0 = x / alpha is known without a call
+        if hasattr(models.twist, "settle"):  # the estimates that were made at the level before, and what is known
+            clean = jax.tree.map(lambda leaf: leaf / last.alpha, x)
+            filled, log_h = jax.vmap(lambda x: models.twist.settle(x, before))(clean)
+            x = jax.tree.map(lambda new, old: (last.alpha * new).astype(old.dtype), filled, x)
+            return x, log_h.astype(particles.paid.dtype), cost
         known = lambda x, level: jax.tree.map(lambda leaf: (leaf / level.alpha).astype(leaf.dtype), x)
         log_h = jax.vmap(lambda x: models.twist(known, x, last)[0])(x)
         return x, log_h.astype(particles.paid.dtype), cost
