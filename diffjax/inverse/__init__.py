@@ -32,6 +32,7 @@ from diffjax.inverse.operators import (
 )
 from diffjax.inverse.partial_inversion import NormalNoise, predicted_start
 from diffjax.inverse.prompt_tuning import p2l
+from diffjax.inverse.self_supervised import dds2m, deep_prior, spatio_spectral
 from diffjax.inverse.source import d_flow
 from diffjax.inverse.splitting import daps, pnp_dm
 from diffjax.inverse.steps import ddnm, ddrm, dps, flowchef, lanpaint, mcg
