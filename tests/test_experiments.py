@@ -19,6 +19,7 @@ from diffjax.catalogue import catalogue
 from diffjax.solvers import ddim
 from experiments import __main__ as listing
 from experiments import (
+    _guided_digits,
     _ising,
     _lorenz,
     _run,
@@ -269,6 +270,18 @@ def check_fields(folder, result, output):
         assert (folder / f"{picture}.png").stat().st_size > 5000
 
 
+def check_guidance(folder, result, output):
+    """What is measured beside the model, and pictures."""
+    assert len(result["probe"]["errors"]) == 5 and np.all(np.isfinite(result["probe"]["errors"]))
+    assert len(result["classifier"]["ways"]) == 4
+    noise = result["initial_noise"]
+    assert noise["evaluations"]["guided"] == 2 * noise["evaluations"]["refined"]
+    assert noise["norm"]["moved"] < 1e-4 and noise["distance"]["guided"] == 0
+    assert np.all(np.isfinite(list(result["fractal"]["w2"].values())))
+    for picture in ("curves", "probe", "classifier", "noise", "fractal"):
+        assert (folder / f"{picture}.png").stat().st_size > 5000
+
+
 def _enumerated(beta, fields):
     """All states of a small magnet and their probabilities."""
     states = _ising.ring_states(fields.size).reshape(-1, *fields.shape)
@@ -323,3 +336,10 @@ def test_trajectories_are_denoised_as_a_mixture_is(x64):
     assert len(draws) == 32 and np.all(draws[:, :, 0].mean(1) > limit)
     # on the attractor, where z stays within known bounds, and all of them go somewhere
     assert np.abs(paths).max() < 4 and paths.std(0).min() > 0.3
+
+
+def test_the_calibration_error_is_the_gap_of_confidence_and_accuracy():
+    logits = np.log(np.array([[0.75, 0.25]] * 8))
+    labels = np.array([0] * 4 + [1] * 4)
+    assert _guided_digits.calibration_error(logits, labels) == pytest.approx(0.25)
+    assert _guided_digits.calibration_error(logits, np.array([0] * 6 + [1] * 2)) == pytest.approx(0.0)
