@@ -199,6 +199,92 @@ def test_what_is_not_seen_and_constants_of_y():
     np.testing.assert_allclose(found.log_z, inverse.evidence(prior, seen), atol=0.1)
 
 
+# --- one row ------------------------------------------------------------------------------------------------------
+
+SINGULAR = np.array([2.0, 0.5, 0.0])
+LEFT, RIGHT = (np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0] for seed in (3, 4))
+MATRIX = LEFT @ np.diag(SINGULAR) @ RIGHT.T
+DENSE = inverse.matrix(MATRIX)
+STATE, SHOWN = np.array([0.7, -1.1, 0.4]), np.array([0.9, -0.3, 1.4])
+
+
+def potential_of(name, std, levels, i):
+    """``(V, whether there is one, whether it leads, what u is multiplied by)`` in row i of what is seen: the table."""
+    b2, r2, last = (std / SINGULAR[:2]) ** 2, levels[i], i == len(levels) - 1
+    below = [[level for level in levels if level <= b] for b in b2]
+    p2 = np.array([max(each, default=levels[-1]) for each in below])
+    if name in ("conjugate", "calibrated"):
+        # of data N(0, v I): x_0 | x_t ~ N(k x_t / alpha, k r^2), and u = A^+ y ~ N(x_0, b^2)
+        k = 1.0 if last or name == "conjugate" else 0.9 / (0.9 + r2)
+        return (b2 + (0.0 if last else k * r2)) / k**2, np.ones(2, bool), np.full(2, not last), 1 / k
+    if name == "fps, published":
+        return b2, np.ones(2, bool), np.zeros(2, bool), 1.0
+    missing = np.maximum(b2 - p2, 0.0)
+    if name == "mcgdiff":
+        return np.maximum(r2 - p2, 0.0) + missing, r2 >= p2, r2 > p2, 1.0
+    return np.where(r2 == p2, missing, 0.0), r2 >= p2, np.zeros(2, bool), 1.0
+
+
+def conditioned(mean, std, alpha, wide, active, u, ratio):
+    """``N(mean, std^2 I) N(y; A x / alpha, A V A^T)`` by Gaussian conditioning: mean, covariance, log of the integral.
+
+    With u = A^+ y and y's density in the coordinates U^T y; an exact y in a noiseless step: as if std^2 were alpha^2
+    times ``ratio`` in what is seen.
+    """
+    see = (LEFT.T @ MATRIX)[:2][active] / alpha
+    noise, target = SINGULAR[:2][active] ** 2 * wide[active], (LEFT.T @ MATRIX @ u)[:2][active]
+    before = std**2 * np.eye(3)
+    if std == 0:
+        exact = RIGHT[:, :2][:, active & (wide == 0)]
+        before = before + alpha**2 * ratio * exact @ exact.T
+    total, cross, gap = see @ before @ see.T + np.diag(noise), before @ see.T, target - see @ mean
+    integral = -0.5 * (gap @ np.linalg.solve(total, gap) + np.linalg.slogdet(2 * np.pi * total)[1])
+    return mean + cross @ np.linalg.solve(total, gap), before - cross @ np.linalg.solve(total, cross.T), integral
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_row_has_the_conjugate_law(name):
+    """Mean and covariance of `draw`, which is affine in the noise, and the normaliser, in every row to rounding."""
+    rows = ANCESTRAL.plan(grids.log_snr(VP, 6))
+    squares = lambda level: (np.asarray(level.sigma) / np.asarray(level.alpha)) ** 2
+    levels = squares(rows.s)
+    stds = np.sqrt(levels) * np.linspace(0.9, 0.4, 6)  # any numbers; 0 in the last row
+
+    @jax.jit
+    def found(noise):
+        seen = inverse.measurement(DENSE, SHOWN, noise)
+        filter_ = FILTERS[name](seen, jax.random.key(5))
+        shared, own = filter_.plan(jnp.asarray(STATE), rows)
+
+        def one(row, own, std):
+            draw = lambda z: filter_.draw(z, jnp.asarray(STATE), std, row, (shared, own))
+            moved, lead = draw(jnp.zeros(3))
+            slope = jax.jacfwd(lambda z: draw(z)[0])(jnp.zeros(3))
+            ahead = filter_.ahead(jnp.asarray(STATE), std, row, (shared, own))
+            _, u, given = filter_.at(jnp.asarray(STATE), row, (shared, own))
+            return moved, slope, ahead + given, lead, u
+
+        return jax.vmap(one)(rows, own, jnp.asarray(stds))
+
+    for noise in (0.25,) if name in ("conjugate", "calibrated") else (0.25, 0.0):
+        results = [np.asarray(leaf) for leaf in found(noise)]
+        kinds = set()
+        for i, (moved, slope, ahead, lead, anchor) in enumerate(zip(*results, strict=True)):
+            alpha, ratio = float(rows.s.alpha[i]), float(squares(rows.t)[i])
+            wide, active, leads, factor = potential_of(name, noise, levels, i)
+            u = anchor if name.startswith("fps") else factor * np.linalg.pinv(MATRIX) @ SHOWN
+            mean, covariance, integral = conditioned(STATE, stds[i], alpha, wide, active, u, ratio)
+            np.testing.assert_allclose(moved, mean, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(slope @ slope.T, covariance, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(ahead, integral + np.log(SINGULAR[:2][active]).sum(), rtol=1e-9, atol=1e-9)
+            gap = (RIGHT.T @ (u - moved / alpha))[:2][leads]
+            log_g = -0.5 * np.sum(gap**2 / wide[leads] + np.log(2 * np.pi * wide[leads]))
+            np.testing.assert_allclose(lead, log_g, rtol=1e-9, atol=1e-9)  # g at the draw, to be given back
+            kinds.add(tuple(active))
+        if name in ("mcgdiff", "fps") and noise > 0:
+            assert kinds == {(True, True), (True, False), (False, False)}  # of b = 0.125 and 0.5
+
+
 @value
 class Conditioned:
     condition: Any
