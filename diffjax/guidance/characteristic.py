@@ -26,7 +26,9 @@ def characteristic(denoise: Any, null: Tree, scale: Any = 1.0, iterations: int =
     condition is a linear tilt, p_c ~ p e^(b . x) (d = sigma^2 b / alpha); in general the guided density obeys the
     Fokker-Planck equation as far as the laws are locally Gaussian, and that of plain guidance does not.  Where that
     law has separate modes and the two given ones have not, d may have several solutions.  It is found by Anderson
-    acceleration of ``d <- d + alpha (x0_c - x0_null)``; after 0 iterations d = 0, plain classifier-free guidance.
+    acceleration of ``d <- d + alpha (x0_c - x0_null)``; after 0 iterations d = 0, plain classifier-free guidance.  For
+    Gaussian laws with a guided one alpha (x0_c - x0_null) falls along every change of d.  Where the mixed iterations
+    say that it rises they are left out: extrapolated, they lead to where both estimates saturate, and so agree.
 
     Args:
         denoise, null, scale: as in `classifier_free`.
@@ -88,7 +90,9 @@ class Characteristic:
                 shifts = push(shifts, shift - last_shift)
                 residuals = push(residuals, residual - last_residual)
             weights = _least_squares(residuals, residual) if depth else jnp.zeros((0,), shift.dtype)
-            moved = shift + residual - weights @ (shifts + residuals)
+            along, change = weights @ shifts, weights @ residuals
+            falls = along @ change <= 0  # else what is mixed leads away from the solution: the plain step
+            moved = shift + residual - jnp.where(falls, along + change, 0.0)
             return (moved, both(moved), shift, residual, shifts, residuals), None
 
         start = (shift, estimates, shift, jnp.zeros_like(shift), nothing, nothing)
