@@ -157,6 +157,34 @@ def test_twisted_walks_have_the_posterior(runs):
     assert np.abs(mean - prior).max() > 0.2 and abs(h.mean() / z - 1) < 0.05
 
 
+@pytest.mark.parametrize("name", LAWS)
+def test_a_twisted_step_against_densities_of_tangent_vectors(name):
+    """The vector that led to the new point, its two normal laws and their ratio, in a basis of the tangent plane."""
+    law = LAWS[name]
+    walk = nongaussian.geodesic_walk(law.manifold, law.score, VARIANCES[name])
+    lead = lambda x, depth: 2.0 * seen(x) + 0.1 * depth
+    x, depth = jnp.asarray(nodes(name)[0][1234 % 400 if name == "circle" else 1234]), 24
+    t, s = VARIANCES[name][depth - 1 : depth + 1]
+    step = jax.jit(jax.vmap(walk.twisted(lead, 0.7), (0, None, None)))
+    new, ratio = (np.asarray(leaf) for leaf in step(jax.random.split(jax.random.key(3), 4000), x, depth))
+    base = np.asarray(x)
+    if name == "circle":
+        basis, v = np.ones((1, 1)), np.mod(new - base + np.pi, 2 * np.pi) - np.pi
+    else:  # the logarithm map
+        basis, angle = np.linalg.svd(base[None])[2][1:], np.arccos(new @ base)
+        v = (new - np.outer(new @ base, base)) * (angle / np.sin(angle))[:, None] @ basis.T
+    slope = lambda f: np.array([(f(x + 1e-5 * e) - f(x - 1e-5 * e)) / 2e-5 for e in jnp.asarray(basis)])
+    mean = (t - s) * slope(lambda x: law.log_density(x, t))
+    other = mean + 0.7 * (t - s) * slope(lambda x: lead(x, depth))
+    variance = s * (t - s) / t
+    expected = (np.sum((v - other) ** 2, 1) - np.sum((v - mean) ** 2, 1)) / (2 * variance)
+    np.testing.assert_allclose(ratio, expected, atol=1e-6)
+    # they are draws of the second law
+    assert (np.abs(v.mean(0) - other) < 4 * np.sqrt(variance / len(v))).all()
+    assert (np.abs(v.var(0) / variance - 1) < 4 * np.sqrt(2 / len(v))).all()
+    assert abs(np.mean(np.exp(ratio)) - 1) < 4 * np.exp(ratio).std() / np.sqrt(len(v))
+
+
 def test_a_torus_is_a_product():
     """Densities and scores of two angles are those of each, and a step moves both."""
     two = nongaussian.torus(2)
@@ -171,6 +199,8 @@ def test_bad_input():
         "dimensions": lambda: nongaussian.torus(0),
         "order": lambda: nongaussian.sphere(0),
         "centres": lambda: nongaussian.heat_mixture(CIRCLE, np.zeros(3), 0.1),
+        "points of torus": lambda: nongaussian.heat_mixture(nongaussian.torus(2), ANGLES, 0.1),
+        "points of sphere": lambda: nongaussian.heat_mixture(SPHERE, 1.1 * _points, 0.1),
         "variances": lambda: nongaussian.heat_mixture(CIRCLE, ANGLES, 0.0),
         "weights": lambda: nongaussian.heat_mixture(CIRCLE, ANGLES, 0.1, np.ones(2)),
         "fall to 0": lambda: nongaussian.geodesic_walk(CIRCLE, LAWS["circle"].score, np.array([1.0, 2.0, 0.0])),

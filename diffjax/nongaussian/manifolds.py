@@ -41,6 +41,10 @@ class Torus:
         """A uniform point."""
         return jax.random.uniform(key, (self.dimensions,), dtype, -math.pi, math.pi)
 
+    def holds(self, points: np.ndarray) -> bool:
+        """Whether all (K, D) are points."""
+        return points.shape[1] == self.dimensions
+
     def tangent(self, x: Array, v: Array) -> Array:
         """The part of a vector that is tangent at x."""
         del x
@@ -61,8 +65,9 @@ class Torus:
 def sphere(order: int = 40) -> Sphere:
     """Unit vectors (3,); heat kernels are series of ``order`` Legendre polynomials.
 
-    ``H = sum_l (2 l + 1) / (4 pi) exp(-l (l + 1) variance / 2) P_l(<x, centre>)``: accurate to 1e-6 where
-    ``variance order^2 > 28``.
+    ``H = sum_l (2 l + 1) / (4 pi) exp(-l (l + 1) variance / 2) P_l(<x, centre>)``: accurate to 1e-6 of its
+    largest value where ``variance order^2 > 28``; farther out than that, as in float32, log H and its gradient are
+    those of rounding.
 
     Raises ValueError for an order below 1.
     """
@@ -80,6 +85,10 @@ class Sphere:
         """A uniform point."""
         z = jax.random.normal(key, (3,), dtype)
         return z / jnp.linalg.norm(z)
+
+    def holds(self, points: np.ndarray) -> bool:
+        """Whether all (K, D) are points, to the rounding of float32."""
+        return points.shape[1] == 3 and np.allclose(np.sum(points**2, axis=1), 1.0, rtol=0, atol=1e-5)
 
     def tangent(self, x: Array, v: Array) -> Array:
         """The part of a vector that is tangent at x."""
@@ -120,6 +129,8 @@ def heat_mixture(manifold: Any, centres: Array, variances: Array, weights: Array
     centres = np.asarray(centres)
     if centres.ndim != 2:
         raise ValueError(f"centres must be points (K, D), got shape {centres.shape}.")
+    if not manifold.holds(centres):
+        raise ValueError(f"centres must be points of {manifold!r}, got {centres!r}.")
     if not is_traced(variances) and not np.all(np.asarray(variances) > 0):
         raise ValueError(f"variances must be above 0, got {variances!r}.")
     weights = np.full(len(centres), 1 / len(centres)) if weights is None else np.asarray(weights)
