@@ -289,6 +289,20 @@ def test_event_samples():
     assert abs(x[:, 1].mean()) < 4 / np.sqrt(512) and abs(x[:, 1].std() - 1) < 4 / np.sqrt(1024)
 
 
+def test_event_between_points_is_finite():
+    """Two points in float32: the variance falls to 0 through all sizes, and guidance ends in the plain estimate."""
+    law = lambda x, level: 2 * jax.nn.sigmoid(2 * level.alpha * x / level.sigma**2) - 1  # -1 and 1
+    guided = guidance.event_guided(law, lambda x: x[0], 0.5)
+    level = VP.level(half_log_snr=1.5)
+    x = jnp.linspace(-9.0, 3.0, 2000)[:, None] * level.alpha
+    found, plain = (jax.vmap(lambda x, f=f: f(x, level))(x) for f in (guided, law))
+    assert jnp.isfinite(found).all()
+    odds = np.exp(np.minimum(2 * np.asarray(x, np.float64)[:, 0] * float(level.alpha / level.sigma**2), 0.0))
+    far = 4 * odds < 0.5 * np.finfo(np.float32).eps ** 2 * float(level.sigma / level.alpha) ** 2
+    near = (odds > 1e-3) & (x[:, 0] < 0)
+    assert far.sum() > 100 and (found == plain)[far].all() and (found > plain)[near].all()
+
+
 # --- coupled models ---------------------------------------------------------------------------------------------------
 
 

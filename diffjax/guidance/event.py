@@ -40,6 +40,11 @@ def event(constraint: Callable[[Tree], Array], threshold: Array = 0.0) -> Event:
     One vector-Jacobian product a call.  ``exp(log h)`` is the probability of the event given the state.  At sigma = 0 h
     is 1 or 0; at alpha = 0, where S is not to be had from dx0/dx = 0, it is 1.
 
+    For a bare set of points S falls faster than sigma^2 between them, so that h is far too small where only another
+    point is in the event, and its gradient (of S more than of C) has no bound.  Where the variance of C is below
+    rounding, eps^2 (sigma / alpha)^2 |grad C|^2, x0 counts as known, as at sigma = 0: draws stay finite, but many miss
+    a rare event.  Data with some width, as noise of observation gives, are followed much better.
+
     User-defined Event Sampling and Uncertainty Quantification in Diffusion Models for Physical Dynamical Systems,
     arXiv:2306.07526.
 
@@ -60,9 +65,11 @@ class Event:
         x0, pull = jax.vjp(lambda x: denoise(x, level), x)
         number, slope = jax.value_and_grad(self.constraint)(x0)
         start, still = jnp.asarray(level.alpha == 0), jnp.asarray(level.sigma == 0)
-        factor = level.sigma**2 / jnp.where(start, 1.0, level.alpha)
+        alpha = jnp.where(start, 1.0, level.alpha)
+        factor, square = level.sigma**2 / alpha, dot(slope, slope)
         variance = factor * dot(slope, pull(slope)[0])
-        known = (variance > 0) & ~start & ~still
+        rounding = jnp.finfo(square.dtype).eps ** 2 * factor / alpha * square
+        known = (variance > jax.lax.stop_gradient(rounding)) & ~start & ~still
         margin = (number - self.threshold) / jnp.sqrt(jnp.where(known, variance, 1.0))
         log_h = jax.scipy.special.log_ndtr(jnp.where(known, margin, 0.0))
         certain = jnp.where(number > self.threshold, 0.0, -jnp.inf)
