@@ -20,8 +20,10 @@ from diffjax.solvers import ddim
 from experiments import __main__ as listing
 from experiments import (
     _guided_digits,
+    _inverse,
     _ising,
     _lorenz,
+    _photographs,
     _run,
     _solvers,
     baselines,
@@ -195,6 +197,54 @@ def check_solvers(folder, result, output):
         assert np.all(np.isfinite(errors[problem, "sde_dpmpp"]))
         assert (folder / f"{problem}.png").stat().st_size > 5000
     assert "| deterministic, 1 | " in (folder / "solvers.md").read_text()
+
+
+def check_inverse(folder, result, output):
+    """Everything is there, in range; the exact baseline fills in a box better than what was seen of it."""
+    stored = json.loads((folder / "metrics.json").read_text())
+    assert {group: set(each) for group, each in stored["digits"].items()} == {
+        "linear": {"gaussian", "daps"}, "nonlinear": {"daps"}, "counts": {"daps"},
+    }  # fmt: skip
+    for each in stored["digits"].values():
+        for rows in each.values():
+            for row in rows.values():
+                assert np.isfinite(row["psnr"]) and 0 <= row["coverage"] <= 1 and -1 <= row["ssim"] <= 1
+    assert stored["digits"]["linear"]["gaussian"]["without a box"]["psnr"] > 12
+    assert set(stored["photographs"]["inpainting"]) == {"cubic interpolation", "ddrm, mixture", "ddrm, network"}
+    assert stored["photographs"]["inpainting"]["cubic interpolation"]["psnr"] > 15
+    assert set(stored["pixels"]) == {"active", "variance", "random"}
+    assert stored["intervals"]["rcps risk"] <= 1 and stored["intervals"]["k_rcps length"] >= 0
+    for picture in ("digits", "methods", "calibration", "photographs", "choices"):
+        assert (folder / f"{picture}.png").stat().st_size > 5000
+
+
+def test_measurements_in_one_form_are_those_of_their_operators():
+    """Zeros at the end change no likelihood but by a constant, and the baseline is the exact posterior."""
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 1)).astype(np.float32)
+    for a in _inverse.linear_operators(0).values():
+        assert np.linalg.norm(a, 2) == pytest.approx(1)
+        problem = _inverse.linear_problem(a, image, 0.05, 1)
+        seen = jax.tree.map(lambda leaf: leaf[0], problem.seen)
+        y = np.asarray(seen.y, np.float64)
+        if len(a) <= 64:
+            np.testing.assert_allclose(seen.operator(jnp.asarray(image[0]))[: len(a)], a @ image.ravel(), atol=1e-5)
+            assert not np.any(y[len(a) :])
+    law = diffjax.oracles.wiener(np.random.default_rng(1).normal(size=(100, 8, 8, 1)))
+    exact = diffjax.inverse.posterior(law, seen)
+    draws = _inverse.gaussian_draws(law, problem, 4000, 0)[0].reshape(4000, 64)
+    deviation = np.sqrt(np.sum(exact.vectors**2 * exact.variances, axis=1))
+    assert np.all(np.abs(draws.mean(0) - exact.mean.ravel()) < 5 * deviation / np.sqrt(4000) + 1e-5)
+    np.testing.assert_allclose(draws.std(0), deviation, rtol=5 / np.sqrt(2 * 4000))
+
+
+def test_crops_are_not_among_the_patches():
+    patches, images = _photographs.Patches(16), _photographs.photographs()
+    assert all(part.shape[1] == _photographs.SPLIT for part in patches.images)
+    last = patches.__getitems__([len(patches) - 1])[0][0]
+    np.testing.assert_array_equal(last[..., 0], patches.images[1][-16:, -16:])
+    for image, crop, (row, column) in zip(images, _photographs.crops(48), _photographs.CORNERS, strict=True):
+        assert column >= _photographs.SPLIT + _photographs.GAP and crop.shape == (48, 48, 1)
+        np.testing.assert_array_equal(crop[..., 0], image[row : row + 48, column : column + 48])
 
 
 def check_parallel(folder, result, output):
