@@ -49,11 +49,13 @@ def crops(side: int) -> np.ndarray:
 class Patches:
     """Patches of the columns to learn from, by number: what `data.batches` reads."""
 
-    name, split, classes = "patches", "train", None
+    name, split = "patches", "train"
 
     def __init__(self, side: int):
+        self.classes: int | None = None
+        self.shape: tuple[int, ...] | None = (side, side, 1)
         self.images = [image[:, :SPLIT].astype(np.float32) for image in photographs()]
-        self.side, self.shape = side, (side, side, 1)
+        self.side = side
         height, width = self.images[0].shape
         self.across = width - side + 1
         self.each = (height - side + 1) * self.across
@@ -61,8 +63,8 @@ class Patches:
     def __len__(self) -> int:
         return self.each * len(self.images)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[np.ndarray, None]]:
-        found = []
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int | None]]:
+        found: list[tuple[Any, int | None]] = []
         for index in indices:
             which, place = divmod(int(index), self.each)
             row, column = divmod(place, self.across)
@@ -76,11 +78,11 @@ class Patches:
     def some(self, count: int, seed: int) -> np.ndarray:
         """A random set (count, side, side, 1), a half of them mirrored."""
         rng = np.random.default_rng(seed)
-        found = np.stack([patch for patch, _ in self.__getitems__(rng.choice(len(self), count))])
+        found = np.stack([patch for patch, _ in self.__getitems__(rng.choice(len(self), count).tolist())])
         return np.where(rng.random((count, 1, 1, 1)) < 0.5, found, found[:, :, ::-1])
 
 
-def fitted_mixture(side: int, components: int, count: int, seed: int) -> dict[str, np.ndarray]:
+def fitted_mixture(side: int, components: int, count: int, seed: int) -> dict[str, Any]:
     """Weights, means and covariances of a mixture of Gaussians of patches, by expectation maximisation."""
     flat = Patches(side).some(count, seed).reshape(count, -1).astype(np.float64)
     law = GaussianMixture(components, reg_covar=1e-4, max_iter=25, tol=1e-2, random_state=seed)
@@ -167,7 +169,7 @@ def restorations(side: int, seed: int) -> dict[str, Restoration]:
         return dataclasses.replace(operator, real=kept * operator.real, imaginary=kept * operator.imaginary)
 
     blur, downsample, mask = inverse.blur(kernel, shape), inverse.downsample(2, shape), inverse.mask(keep)
-    cubic = lambda y: scipy.ndimage.zoom(y[..., 0], 2, order=3, mode="nearest", grid_mode=True)
+    cubic = lambda y: np.asarray(scipy.ndimage.zoom(y[..., 0], 2, order=3, mode="nearest", grid_mode=True))
     plain = lambda y: y[..., 0]
     return {
         "deblurring": Restoration(blur, firm(blur), 0.02, plain, tikhonov, "Tikhonov"),

@@ -287,15 +287,17 @@ def intervals(options: Options, model: digits.Model, held_out: np.ndarray, s: An
     found = solved(_inverse.LINEAR["ddrm"], {"": problem}, model, s, key)
     samples = np.clip(found["samples"][0], -1, 1).swapaxes(0, 1)  # (S, N, ...)
     lower, upper = inverse.calibrated_quantiles(samples, 2 / (len(samples) + 1))
-    part = lambda array, a, b: array[a:b]
-    opt, cal, test = (0, first), (first, first + second), (first + second, len(images))
-    ends = lambda where: tuple(part(array, *where) for array in (lower, upper, images))
-    groups = inverse.error_groups(*ends(opt), 4)
-    plain = inverse.rcps(*ends(cal), eps=0.1, delta=0.1)
-    both = (opt[0], cal[1])
-    grouped = inverse.k_rcps(*ends(both), groups, eps=0.1, delta=0.1, optimised=first)
-    low, high, true = ends(test)
-    result = {"eps": 0.1, "delta": 0.1, "uncalibrated risk": float(np.mean((true < low) | (true > high)))}
+    end = first + second
+    groups = inverse.error_groups(lower[:first], upper[:first], images[:first], 4)
+    plain = inverse.rcps(lower[first:end], upper[first:end], images[first:end], eps=0.1, delta=0.1)
+    part = lower[:end], upper[:end], images[:end]
+    grouped = inverse.k_rcps(*part, groups, eps=0.1, delta=0.1, optimised=first)
+    low, high, true = lower[end:], upper[end:], images[end:]
+    result: dict[str, Any] = {
+        "eps": 0.1,
+        "delta": 0.1,
+        "uncalibrated risk": float(np.mean((true < low) | (true > high))),
+    }
     for name, margin in (("rcps", plain.margin), ("k_rcps", grouped.margin)):
         margin = np.broadcast_to(margin, true.shape[1:])
         result[f"{name} risk"] = float(np.mean((true < low - margin) | (true > high + margin)))
@@ -336,11 +338,8 @@ def half(image: np.ndarray) -> np.ndarray:
 
 def plot_digits(options: Options, found: dict, groups: dict, truth: np.ndarray, which: int = 0, shown: int = 4) -> None:
     """For one digit: measurement, and for some methods mean, deviation and samples."""
-    chosen = {
-        "linear": [name for name in SHOWN if name in found["linear"]],
-        "nonlinear": [name for name in ("daps", "pnp_dm", "lgd", "dps") if name in found["nonlinear"]],
-        "counts": [name for name in ("daps", "pnp_dm", "dps") if name in found["counts"]],
-    }
+    wanted = {"linear": SHOWN, "nonlinear": ("daps", "pnp_dm", "lgd", "dps"), "counts": ("daps", "pnp_dm", "dps")}
+    chosen = {group: [name for name in wanted[group] if name in found[group]] for group in groups}
     shown = min(shown, options.draws)
     wide = max(len(names) for names in chosen.values()) or 1
     blank = np.full((8, 8), 0.0)
@@ -360,7 +359,8 @@ def plot_digits(options: Options, found: dict, groups: dict, truth: np.ndarray, 
         figure, axes = plt.subplots(figsize=(0.36 * len(titles) + 1.8, 0.36 * len(rows) + 1.4))
         sheet(axes, rows, titles, names)
         line = {"fontsize": 8, "ha": "left", "va": "top"}
-        for group, start in (("linear", 0), ("nonlinear", len(groups["linear"])), ("counts", len(rows) - 1)):
+        starts = np.cumsum([0, *map(len, groups.values())])
+        for group, start in zip(groups, starts, strict=False):
             for k, method in enumerate(chosen[group]):
                 x = 20 + 10 * (2 + shown) * k - 0.5
                 axes.axvline(x, color="0.6", linewidth=0.7)
