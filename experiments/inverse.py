@@ -345,6 +345,8 @@ def plot_digits(options: Options, found: dict, groups: dict, truth: np.ndarray, 
     blank = np.full((8, 8), 0.0)
     rows, names = [], []
     for group, each in groups.items():
+        rows.append([blank] * (2 + (2 + shown) * wide))  # for the methods' names
+        names.append("")
         for i, (problem, measured) in enumerate(each.items()):
             row = [half(truth[which, ..., 0]), half(fitting(measured.shown[which]))]
             for method in chosen[group]:
@@ -359,12 +361,12 @@ def plot_digits(options: Options, found: dict, groups: dict, truth: np.ndarray, 
         figure, axes = plt.subplots(figsize=(0.36 * len(titles) + 1.8, 0.36 * len(rows) + 1.4))
         sheet(axes, rows, titles, names)
         line = {"fontsize": 8, "ha": "left", "va": "top"}
-        starts = np.cumsum([0, *map(len, groups.values())])
+        starts = np.cumsum([0, *(1 + len(each) for each in groups.values())])
         for group, start in zip(groups, starts, strict=False):
             for k, method in enumerate(chosen[group]):
                 x = 20 + 10 * (2 + shown) * k - 0.5
                 axes.axvline(x, color="0.6", linewidth=0.7)
-                axes.text(x + 1, 10 * start - 0.4, method, color="tab:red", zorder=5, **line)
+                axes.text(x + 1, 10 * start + 3, method, color="tab:red", zorder=5, **line)
         _plots.save(figure, options.out / "digits.png")
 
 
