@@ -44,10 +44,11 @@ from experiments import _classifier, _inverse, _photographs, _plots, _run, digit
 PARTS = ("digits", "photographs", "pixels", "noise", "intervals")
 TINY = (
     *("--steps", "2", "--batch", "8", "--channels", "8", "--classifier-steps", "2", "--images", "1", "--draws", "2"),
-    *("--levels", "4", "--methods", "daps", "--tasks", "inpainting", "--patch-methods", "ddrm", "--components", "2"),
+    *("--levels", "4", "--methods", "ddrm", "--tasks", "inpainting", "--patch-methods", "ddrm", "--components", "2"),
     *("--patches", "60", "--patch-steps", "2", "--patch-channels", "8", "--crop", "24", "--crop-draws", "2"),
-    *("--pixels", "2", "4", "--pixel-images", "1", "--noise-images", "1", "--calibration", "10", "25", "5"),
+    *("--calibration", "10", "25", "5", "--parts", "digits", "photographs", "intervals"),
 )
+COLUMNS = ("psnr", "psnr_of_one", "ssim", "features", "coverage", "failed")
 LEVEL = 1 / 16  # half a grey level of the digits, in [-1, 1]
 SHOWN = ("gaussian", "pigdm", "tds, mmps", "pnp_dm", "daps")  # linear problems, digits.png
 HIDDEN = np.ones(_inverse.SHAPE, bool)
@@ -145,21 +146,29 @@ def solved(
 
 
 def scores(samples: np.ndarray, truth: np.ndarray, judge: _classifier.Classifier, varied: np.ndarray) -> dict[str, Any]:
-    """What samples (N, S, 8, 8, 1) are worth."""
-    samples = np.clip(np.nan_to_num(samples, nan=0.0), -1, 1)
-    mean, unit = samples.mean(1), _photographs.as_unit
-    single = np.mean([metrics.psnr(unit(samples[:, i]), unit(truth)) for i in range(samples.shape[1])])
-    want = judge(truth)[1][:, None]
-    seen = judge(samples.reshape(-1, *truth.shape[1:]))[1].reshape(*samples.shape[:2], -1)
-    features = np.linalg.norm(seen - want, axis=-1) / np.linalg.norm(want, axis=-1)
-    inside = (samples.min(1) - LEVEL <= truth) & (truth <= samples.max(1) + LEVEL)
-    return {
-        "psnr": float(np.mean(metrics.psnr(unit(mean), unit(truth)))),
-        "psnr_of_one": float(single),
-        "ssim": float(np.mean(metrics.ssim(unit(mean), unit(truth), window=5, std=1.5))),
-        "features": float(np.mean(features)),
-        "coverage": float(np.mean(inside[:, varied])) if samples.shape[1] > 1 else None,
-    }
+    """What samples (N, S, 8, 8, 1) are worth: the share that is not finite, and what the others are worth."""
+    finite = np.isfinite(samples).all((2, 3, 4))
+    failed = 1 - float(np.mean(finite))
+    left = np.flatnonzero(finite.any(1))  # images of which there is a sample
+    if not len(left):
+        return dict.fromkeys(COLUMNS) | {"failed": failed}
+    unit, found = _photographs.as_unit, []
+    for i in left:
+        each, true = np.clip(samples[i, finite[i]], -1, 1), truth[i : i + 1]
+        mean, trues = each.mean(0, keepdims=True), np.repeat(true, len(each), 0)
+        want, seen = judge(true)[1], judge(each)[1]
+        inside = ((each.min(0) - LEVEL <= true) & (true <= each.max(0) + LEVEL))[0]
+        found.append(
+            {
+                "psnr": np.mean(metrics.psnr(unit(mean), unit(true))),
+                "psnr_of_one": np.mean(metrics.psnr(unit(each), unit(trues))),
+                "ssim": np.mean(metrics.ssim(unit(mean), unit(true), window=5, std=1.5)),
+                "features": np.mean(np.linalg.norm(seen - want, axis=-1)) / np.linalg.norm(want),
+                "coverage": np.mean(inside[varied]),
+            }
+        )
+    means: dict[str, Any] = {name: float(np.mean([row[name] for row in found])) for name in found[0]}
+    return means | ({"coverage": None} if samples.shape[1] == 1 else {}) | {"failed": failed}
 
 
 # --- photographs --------------------------------------------------------------------------------------------------
@@ -342,10 +351,11 @@ def plot_digits(options: Options, found: dict, groups: dict, truth: np.ndarray, 
     chosen = {group: [name for name in wanted[group] if name in found[group]] for group in groups}
     shown = min(shown, options.draws)
     wide = max(len(names) for names in chosen.values()) or 1
-    blank = np.full((8, 8), 0.0)
-    rows, names = [], []
+    blank = np.zeros((8, 8))
+    rows, names, starts = [], [], []
     for group, each in groups.items():
-        rows.append([blank] * (2 + (2 + shown) * wide))  # for the methods' names
+        starts.append(len(rows))
+        rows.append([blank] * (2 + (2 + shown) * wide))  # where the methods' names are
         names.append("")
         for i, (problem, measured) in enumerate(each.items()):
             row = [half(truth[which, ..., 0]), half(fitting(measured.shown[which]))]
@@ -360,51 +370,47 @@ def plot_digits(options: Options, found: dict, groups: dict, truth: np.ndarray, 
     with plt.rc_context(_plots.STYLE):
         figure, axes = plt.subplots(figsize=(0.36 * len(titles) + 1.8, 0.36 * len(rows) + 1.4))
         sheet(axes, rows, titles, names)
-        line = {"fontsize": 8, "ha": "left", "va": "top"}
-        starts = np.cumsum([0, *(1 + len(each) for each in groups.values())])
-        for group, start in zip(groups, starts, strict=False):
+        for group, start in zip(groups, starts, strict=True):
             for k, method in enumerate(chosen[group]):
-                x = 20 + 10 * (2 + shown) * k - 0.5
-                axes.axvline(x, color="0.6", linewidth=0.7)
-                axes.text(x + 1, 10 * start + 3, method, color="tab:red", zorder=5, **line)
+                x, y = 20 + 10 * (2 + shown) * k - 0.5, 10 * start - 0.5
+                axes.plot([x, x], [y, y + 10 * (len(groups[group]) + 1)], color="0.6", linewidth=0.7)
+                axes.text(x + 1, y + 9, method, color="tab:red", fontsize=8, ha="left", va="bottom")
         _plots.save(figure, options.out / "digits.png")
 
 
 def plot_methods(options: Options, found: dict, groups: dict, truth: np.ndarray, which: int = 1) -> None:
-    """Every method's reconstruction (mean of the samples) of one digit from every measurement."""
+    """Every method's reconstruction (mean of the samples) of one digit from every measurement it is for."""
     which = min(which, len(truth) - 1)
+    measured = [(group, i, name) for group, each in groups.items() for i, name in enumerate(each)]
+    rows = [[half(truth[which, ..., 0])] * len(measured)]
+    rows.append([half(fitting(groups[group][name].shown[which])) for group, _, name in measured])
+    methods = list(dict.fromkeys(name for each in found.values() for name in each))
+    blank = np.zeros((8, 8))  # where a method is not for that measurement
+    for method in methods:
+        known = [(found[group].get(method), i) for group, i, _ in measured]
+        rows.append([half(r["samples"][i, which, ..., 0].mean(0)) if r else blank for r, i in known])
     with plt.rc_context(_plots.STYLE):
-        tall = max(len(each) for each in found.values()) + 2
-        widths = [len(each) for each in groups.values()]
-        figure, axes = plt.subplots(
-            1, len(groups), figsize=(0.42 * sum(widths) + 4.2, 0.42 * tall + 1.2), width_ratios=[w + 3 for w in widths]
-        )
-        for axis, (group, each) in zip(axes, groups.items(), strict=True):
-            rows = [[half(truth[which, ..., 0])] * len(each)]
-            rows.append([half(fitting(problem.shown[which])) for problem in each.values()])
-            rows += [list(half(result["samples"][:, which, ..., 0].mean(1))) for result in found[group].values()]
-            sheet(axis, rows, list(each), ["truth", "measurement", *found[group]])
-            axis.set_anchor("N")
+        figure, axes = plt.subplots(figsize=(0.42 * len(measured) + 1.6, 0.42 * len(rows) + 1.4))
+        sheet(axes, rows, [name for *_, name in measured], ["truth", "measurement", *methods])
         _plots.save(figure, options.out / "methods.png")
 
 
 def plot_calibration(options: Options, table: dict[str, dict[str, dict[str, dict]]]) -> None:
-    """PSNR of the mean against coverage, averaged over the problems of a group."""
-    palette = plt.get_cmap("tab20")
+    """PSNR of the mean against coverage, averaged over the problems of a group; a method looks the same in all."""
+    palette, names = plt.get_cmap("tab20"), list(dict.fromkeys(name for each in table.values() for name in each))
     with plt.rc_context(_plots.STYLE):
-        figure, axes = plt.subplots(1, len(table), figsize=(5.2 * len(table), 3.9))
-        for axis, (group, each) in zip(axes, table.items(), strict=True):
-            right = (options.draws - 1) / (options.draws + 1)
-            axis.axvline(right, color="gray", linewidth=1, linestyle="--")
-            for i, (name, rows) in enumerate(each.items()):
-                psnr = np.mean([row["psnr"] for row in rows.values()])
-                covered = [row["coverage"] for row in rows.values()]
+        figure, axes = plt.subplots(1, len(table), figsize=(4 * len(table) + 1.6, 3.9), squeeze=False)
+        for axis, (group, each) in zip(axes[0], table.items(), strict=True):
+            axis.axvline((options.draws - 1) / (options.draws + 1), color="gray", linewidth=1, linestyle="--")
+            for name, rows in each.items():
+                i, psnr = names.index(name), average(rows, "psnr")
                 style = {"color": palette(2 * i % 20 + 2 * i // 20), "marker": _plots.MARKERS[i % len(_plots.MARKERS)]}
-                x = 0.0 if None in covered else float(np.mean(covered))
-                axis.plot(x, psnr, label=name, linestyle="", **style)
+                if psnr is not None:
+                    axis.plot(average(rows, "coverage") or 0.0, psnr, label=name, linestyle="", **style)
             axis.set(title=f"digits, {group}", xlabel="coverage (0: one estimate)", xlim=(-0.05, 1.05))
-            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        axes[0].set_ylabel("PSNR of the mean, dB")
+        axes[0, 0].set_ylabel("PSNR of the mean, dB")
+        handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles, loc="outside right center")
         _plots.save(figure, options.out / "calibration.png")
 
 
@@ -480,20 +486,20 @@ def plot_choices(options: Options, pixels: dict, noise: dict, calibrated: dict, 
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
+def average(rows: dict[str, dict[str, Any]], column: str) -> float | None:
+    """Over the problems of which it is known."""
+    known = [row[column] for row in rows.values() if row[column] is not None]
+    return float(np.mean(known)) if known else None
+
+
 def report(result: dict[str, Any]) -> str:
     """All numbers."""
     shown = lambda value: f"{'-':>9}" if value is None else f"{value:9.2f}"
     lines = []
     for group, each in result["digits"].items():
-        columns = ("psnr", "psnr_of_one", "ssim", "features", "coverage")
-        lines.append(f"{group:22}" + "".join(f"{name:>12}" for name in columns) + "   calls")
+        lines.append(f"{group:22}" + "".join(f"{name:>12}" for name in COLUMNS) + "   calls")
         for name, rows in each.items():
-            means = [
-                None
-                if any(row[column] is None for row in rows.values())
-                else np.mean([r[column] for r in rows.values()])
-                for column in columns
-            ]
+            means = [average(rows, column) for column in COLUMNS]
             calls = result["calls"][group].get(name, 0)
             lines.append(f"  {name:20}" + "".join(f"   {shown(value)}" for value in means) + f"  {calls:6.0f}")
     for task, each in result["photographs"].items():

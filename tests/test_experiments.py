@@ -7,6 +7,8 @@ there is a function ``check_NAME(folder, result, output)`` here, it looks at wha
 import importlib
 import inspect
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ from experiments import (
     _solvers,
     baselines,
     digits,
+    inverse,
     mixture,
     processes,
     solvers,
@@ -202,20 +205,72 @@ def check_solvers(folder, result, output):
 def check_inverse(folder, result, output):
     """Everything is there, in range; the exact baseline fills in a box better than what was seen of it."""
     stored = json.loads((folder / "metrics.json").read_text())
-    assert {group: set(each) for group, each in stored["digits"].items()} == {
-        "linear": {"gaussian", "daps"}, "nonlinear": {"daps"}, "counts": {"daps"},
-    }  # fmt: skip
+    assert {group: set(each) for group, each in stored["digits"].items()} == {"linear": {"gaussian", "ddrm"}}
     for each in stored["digits"].values():
         for rows in each.values():
             for row in rows.values():
-                assert np.isfinite(row["psnr"]) and 0 <= row["coverage"] <= 1 and -1 <= row["ssim"] <= 1
+                assert (
+                    row["failed"] == 0
+                    and np.isfinite(row["psnr"])
+                    and 0 <= row["coverage"] <= 1
+                    and -1 <= row["ssim"] <= 1
+                )
     assert stored["digits"]["linear"]["gaussian"]["without a box"]["psnr"] > 12
     assert set(stored["photographs"]["inpainting"]) == {"cubic interpolation", "ddrm, mixture", "ddrm, network"}
     assert stored["photographs"]["inpainting"]["cubic interpolation"]["psnr"] > 15
-    assert set(stored["pixels"]) == {"active", "variance", "random"}
+    assert stored["pixels"] == stored["noise"] == {}  # not asked for; the next test has them
     assert stored["intervals"]["rcps risk"] <= 1 and stored["intervals"]["k_rcps length"] >= 0
     for picture in ("digits", "methods", "calibration", "photographs", "choices"):
         assert (folder / f"{picture}.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_choices_and_operators_that_are_not_linear(monkeypatch):
+    """With the exact denoiser of a Gaussian: measured pixels become known, and what is hidden is filled in."""
+    images, real, held_out = digits.held_out_digits(None)
+    law = diffjax.oracles.wiener(real.images)
+    monkeypatch.setattr(inverse, "prior", lambda model, params: law)
+    model: Any = SimpleNamespace(params=())
+    options = inverse.Options(pixels=(2, 10), draws=3, images=2)
+    variances = real.images.var(0)
+    s = _inverse.setting(digits.PROCESS, 10, float(np.mean(variances)), 3)
+    truth, key = held_out.images[:2], jax.random.key(0)
+    found = inverse.chosen_pixels(options, model, truth, variances, s, key)
+    for order, samples in zip(found["orders"].values(), found["samples"], strict=True):
+        assert all(len(set(row)) == 10 for row in order.tolist())
+        error = np.abs(samples - truth[:, None]).reshape(2, 2, 3, 64)
+        for i, row in enumerate(order):
+            assert np.max(error[1, i, :, row]) < 6 * 0.05 * np.sqrt(2)  # noise of the measurement and of the draw
+        assert np.mean(error[1] ** 2) < np.mean(error[0] ** 2)
+    filled = inverse.inpainted_by_noise(options, model, truth, s, key)
+    for each in filled.values():
+        error = np.square(each["samples"] - truth[:, None]).mean((0, 1))
+        assert np.mean(error[inverse.HIDDEN]) < np.mean(variances[inverse.HIDDEN])
+    groups = inverse.problems(options, truth)
+    for group in ("nonlinear", "counts"):
+        samples = inverse.solved(_inverse.ANY["dps"], groups[group], model, s, key)["samples"]
+        assert samples.shape == (len(groups[group]), 2, 3, 8, 8, 1)
+        assert np.mean((samples.mean(2) - truth) ** 2) < np.mean(variances)
+
+
+def test_samples_that_are_not_finite_are_counted():
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(-1, 1, (2, 8, 8, 1))
+    samples = np.clip(truth[:, None] + 0.1 * rng.normal(size=(2, 4, 8, 8, 1)), -1, 1)
+    judge: Any = lambda images: (None, images.reshape(len(images), -1)[:, :5] + 2)
+    score = lambda samples: inverse.scores(samples, truth, judge, np.ones((8, 8, 1), bool))
+    whole = score(samples)
+    assert whole["failed"] == 0
+    assert whole["psnr"] == pytest.approx(
+        np.mean(-10 * np.log10(np.mean((samples.mean(1) - truth) ** 2, (1, 2, 3)) / 4))
+    )
+    broken = samples.copy()
+    broken[0, 1:, 0, 0] = np.nan
+    broken[1] = np.inf
+    left = score(broken)
+    assert left["failed"] == pytest.approx(7 / 8)
+    assert left["psnr"] == pytest.approx(-10 * np.log10(np.mean((samples[0, 0] - truth[0]) ** 2) / 4))
+    assert score(np.full_like(samples, np.nan)) == dict.fromkeys(inverse.COLUMNS) | {"failed": 1.0}
 
 
 def test_measurements_in_one_form_are_those_of_their_operators():
