@@ -293,7 +293,7 @@ LINEAR: dict[str, Method] = {
     "red_diff": _single(_red_diff),
     "d_flow": _single(_d_flow),
 }
-ANY: dict[str, Method] = {  # of any operator and noise
+ANY: dict[str, Method] = {  # of any operator and noise; d_flow, which is too, is slow
     "lgd": _each(
         lambda key, d, seen, s: run(key, guidance.tilted(d, inverse.lgd(seen, s.variance, key, samples=16)), s)
     ),
@@ -303,7 +303,6 @@ ANY: dict[str, Method] = {  # of any operator and noise
     "pnp_dm": LINEAR["pnp_dm"],
     "enkg": _population(_enkg),
     "red_diff": LINEAR["red_diff"],
-    "d_flow": LINEAR["d_flow"],
 }
 COUNTS: dict[str, Method] = {name: ANY[name] for name in ("dps", "daps", "pnp_dm", "red_diff")}
 

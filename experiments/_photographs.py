@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import scipy.interpolate
 import scipy.ndimage
 from flax import nnx
 from sklearn.datasets import load_sample_image
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 import diffjax
@@ -86,7 +88,9 @@ def fitted_mixture(side: int, components: int, count: int, seed: int) -> dict[st
     """Weights, means and covariances of a mixture of Gaussians of patches, by expectation maximisation."""
     flat = Patches(side).some(count, seed).reshape(count, -1).astype(np.float64)
     law = GaussianMixture(components, reg_covar=1e-4, max_iter=25, tol=1e-2, random_state=seed)
-    law.fit(flat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # as good as it gets in so many iterations
+        law.fit(flat)
     return {"weights": law.weights_, "means": law.means_, "covariances": law.covariances_}
 
 

@@ -227,7 +227,7 @@ def check_inverse(folder, result, output):
 @pytest.mark.slow
 def test_choices_and_operators_that_are_not_linear(monkeypatch):
     """With the exact denoiser of a Gaussian: measured pixels become known, and what is hidden is filled in."""
-    images, real, held_out = digits.held_out_digits(None)
+    _, real, held_out = digits.held_out_digits(None)
     law = diffjax.oracles.wiener(real.images)
     monkeypatch.setattr(inverse, "prior", lambda model, params: law)
     model: Any = SimpleNamespace(params=())
