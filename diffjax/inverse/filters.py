@@ -51,9 +51,9 @@ def conjugate(measurement: Measurement, variance: Array = np.inf) -> Conjugate:
     >>> from diffjax import grids, oracles, processes, solvers
     >>> seen = diffjax.inverse.measurement(diffjax.inverse.identity(()), 1.0, 0.5)
     >>> grid, prior = grids.log_snr(processes.vp(), 20), oracles.gaussian(0.0, 1.0)
-    >>> options = dict(particles=64, proposal=conjugate(seen))
+    >>> options = dict(particles=64, proposal=diffjax.inverse.conjugate(seen, variance=1.0))
     >>> found = diffjax.steer(jax.random.key(0), prior, solvers.ancestral(), grid, (), **options)
-    >>> abs(found.log_z - diffjax.inverse.evidence(prior, seen)) < 0.1
+    >>> abs(found.log_z - diffjax.inverse.evidence(prior, seen)) < 0.2  # five standard deviations
     Array(True, dtype=bool)
     """
     needs_spectrum("conjugate", measurement)
