@@ -151,7 +151,7 @@ TWISTS = {
     "pigdm, v = 1": lambda seen, s: inverse.pigdm(seen, 1.0),
     "pigdm, data's v": lambda seen, s: inverse.pigdm(seen, s.variance),
     "tmpd": lambda seen, s: inverse.tmpd(seen, solver="dense"),
-    "mmps": lambda seen, s: inverse.mmps(seen),
+    "mmps": lambda seen, s: inverse.mmps(seen, solver="dense" if seen.y.size <= 8 else "cg", iterations=10),
     "noised": lambda seen, s: inverse.noised(seen),
     "lgd": lambda seen, s: inverse.lgd(seen, s.variance, s.key, samples=16),
 }
@@ -161,7 +161,7 @@ RULES = {
     "pigdm, v = 1": "unit variance, as usual",
     "pigdm, data's v": "v",
     "tmpd": "none",
-    "mmps": "none; dense systems to 32 measurements, then 10 of conjugate gradients",
+    "mmps": "none; dense systems to 8 measurements, then 10 of conjugate gradients",
     "noised": "none",
     "lgd": "v, 16 draws",
 }
