@@ -14,7 +14,15 @@ import jax.numpy as jnp
 from diffjax.corrections.transform import Plain, Remembering, check_within, condition_within, evaluations, transformed
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import pseudo_inverse
-from diffjax.inverse.systems import level_key, needs_linear, needs_spectrum, normal_like, one_level, proximal
+from diffjax.inverse.systems import (
+    level_key,
+    needs_linear,
+    needs_spectrum,
+    noise_variance,
+    normal_like,
+    one_level,
+    proximal,
+)
 from diffjax.levels import Array, Level, Tree, as_value, remembers, static, value
 from diffjax.solvers.arguments import number
 
@@ -42,7 +50,7 @@ class NullSpace:
 
     def __call__(self, x: Tree, x0: Tree, level: Level) -> Tree:
         seen = self.measurement
-        std = jnp.sqrt(jax.tree.leaves(seen.variance(x0))[0].reshape(-1)[0])
+        std = jnp.sqrt(noise_variance(seen, x0))
         noise = level.alpha * std
         damped = jnp.where(level.sigma < noise, level.sigma / jnp.where(noise > 0, noise, 1.0), 1.0)
         change = pseudo_inverse(seen.operator, seen.residual(x0))

@@ -29,7 +29,7 @@ import numpy as np
 
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import pseudo_inverse, shapes
-from diffjax.inverse.systems import needs_spectrum, normal_like, one_level
+from diffjax.inverse.systems import needs_spectrum, noise_variance, normal_like, one_level, safe
 from diffjax.levels import Array, Level, Row, Tree, dot, is_traced, root, static, value
 
 
@@ -136,9 +136,9 @@ def minus_constant(self: Any, x: Tree) -> Array:
     rest = jax.tree.map(jnp.subtract, y, a(pseudo_inverse(a, y)))
     noise = noise_variance(seen, x)
     missing = shapes(a.output_shape).entries - jnp.sum(squared > 0)
-    safe = jnp.where(noise > 0, noise, 1.0)
-    outside = jnp.where(noise > 0, -0.5 * (dot(rest, rest) / safe + missing * jnp.log(2 * jnp.pi * safe)), 0.0)
-    return 0.5 * jnp.sum(jnp.where(squared > 0, jnp.log(_safe(squared)), 0.0)) - outside
+    known = safe(noise)
+    outside = jnp.where(noise > 0, -0.5 * (dot(rest, rest) / known + missing * jnp.log(2 * jnp.pi * known)), 0.0)
+    return 0.5 * jnp.sum(jnp.where(squared > 0, jnp.log(safe(squared)), 0.0)) - outside
 
 
 def _plan(self: Any, x: Tree, rows: Row) -> tuple[Any, Any]:
@@ -170,8 +170,8 @@ def _draw(self: Any, noise: Tree, mean: Tree, std: Array, row: Row, own: Any) ->
     moved = a.spectral(lambda q: alpha * gain(q), _gap(anchor, mean, row))
     added = a.spectral(spread, noise)
     new = jax.tree.map(lambda m, d, z: (m + d + z).astype(m.dtype), mean, moved, added)
-    leading = lambda q: _active(potential, q) & potential.leads(_safe(q))
-    return new, log_normal(a, _gap(anchor, new, row), leading, lambda q: potential.variance(_safe(q)))
+    leading = lambda q: _active(potential, q) & potential.leads(safe(q))
+    return new, log_normal(a, _gap(anchor, new, row), leading, lambda q: potential.variance(safe(q)))
 
 
 def noise_to_signal(level: Level) -> Array:
@@ -181,12 +181,12 @@ def noise_to_signal(level: Level) -> Array:
 
 
 def _active(potential: Potential, q: Array) -> Array:
-    return (q > 0) & potential.active(_safe(q))
+    return (q > 0) & potential.active(safe(q))
 
 
 def _seen(potential: Potential, std: Array, row: Row, q: Array) -> tuple[Array, Array, Array]:
     """Where the potential is, w and V; where neither the solver nor the potential has any width, w is r_t^2."""
-    v = potential.variance(_safe(q))
+    v = potential.variance(safe(q))
     w = jnp.broadcast_to((std / row.s.alpha) ** 2, v.shape)
     return _active(potential, q), jnp.where((w == 0) & (v == 0), noise_to_signal(row.t), w), v
 
@@ -207,17 +207,8 @@ def _gap(anchor: Tree, x: Tree, row: Row) -> Tree:
     return jax.tree.map(lambda u, leaf: u - leaf / row.s.alpha, anchor, x)
 
 
-def noise_variance(seen: Measurement, x: Tree) -> Array:
-    """The variance of isotropic noise."""
-    return jax.tree.leaves(seen.variance(x))[0].reshape(-1)[0]
-
-
 def _squared(operator: Any, like: Tree) -> Array:
     return jnp.asarray(operator.squared, jnp.result_type(*jax.tree.leaves(like)))
-
-
-def _safe(q: Array) -> Array:
-    return jnp.where(q > 0, q, 1.0)
 
 
 def _always(q: Array) -> Array:
@@ -284,7 +275,7 @@ class FilteringPosterior:
         def step(before: Array, after: Array, lowest: Array, key: Array) -> tuple[Tree, Array]:
             """What y gains from one level to the next, and the log-density of it."""
             first = lambda q: jnp.where(lowest, after, jnp.maximum(before, noise / q))  # y is as noisy as that
-            variance = lambda q: jnp.maximum(after - (first(_safe(q)) if self.once else before), 0.0) + 0.0 * q
+            variance = lambda q: jnp.maximum(after - (first(safe(q)) if self.once else before), 0.0) + 0.0 * q
             active = lambda q: (q > 0) & (variance(q) > 0)
             gained = a.spectral(lambda q: jnp.where(active(q), root(variance(q)), 0.0), normal_like(key, x))
             # noise that is left at the lowest level is part of the target

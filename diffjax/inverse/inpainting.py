@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.guidance.tilted import twist_gradient
-from diffjax.inverse.filters import log_normal, minus_constant, noise_to_signal, noise_variance
+from diffjax.inverse.filters import log_normal, minus_constant, noise_to_signal
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import pseudo_inverse
-from diffjax.inverse.systems import needs_spectrum
+from diffjax.inverse.systems import needs_spectrum, noise_variance
 from diffjax.inverse.twists import mmps
 from diffjax.levels import Array, Level, Tree, value
 

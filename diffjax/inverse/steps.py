@@ -15,8 +15,8 @@ import numpy as np
 
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import pseudo_inverse
-from diffjax.inverse.systems import misfit, needs_spectrum, one_level
-from diffjax.levels import Array, Grid, Info, Level, Row, Solver, Tree, as_value, dot, static, value
+from diffjax.inverse.systems import misfit, needs_spectrum, noise_variance, one_level
+from diffjax.levels import Array, Grid, Info, Level, Row, Solver, Tree, as_value, dot, root, static, value
 from diffjax.solvers.arguments import number
 
 # --- what they forward --------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class NullSpaceStep:
         unit, none = (jax.tree.leaves(self.inner.kernel(zeros, given, row)[0])[0] for given in (ones, zeros))
         weight = (unit - none).reshape(-1)[0]
         std = jnp.asarray(self.inner.kernel(zeros, zeros, row)[1]).reshape(-1)[0]
-        level = weight**2 * _noise_variance(self.measurement, x)
+        level = weight**2 * noise_variance(self.measurement, x)
 
         def split(q: Array) -> tuple[Array, Array]:
             """The weight of the measurement over q = d^2, and the standard deviation of what is added."""
@@ -244,8 +244,8 @@ class NullSpaceStep:
             safe = jnp.where(seen, q, 1.0)
             brought = level / safe
             enough = std**2 >= brought
-            share = jnp.where(enough, 1.0, jnp.sqrt(1 - self.eta**2) * std / _root(jnp.where(enough, 1.0, brought)))
-            left = jnp.where(enough, _root(std**2 - brought), self.eta * std)
+            share = jnp.where(enough, 1.0, jnp.sqrt(1 - self.eta**2) * std / root(jnp.where(enough, 1.0, brought)))
+            left = jnp.where(enough, root(std**2 - brought), self.eta * std)
             return jnp.where(seen, share / safe, 0.0), jnp.where(seen, left, std)
 
         change = a.spectral(lambda q: split(q)[0].astype(q.dtype), a.adjoint(self.measurement.residual(x0)))
@@ -311,7 +311,7 @@ class DDRM:
 
     def update(self, noise: tuple[Tree, ...], x: Tree, x0: Tree, memory: Tree, row: Row) -> tuple[Tree, Tree]:
         a, t, s = self.measurement.operator, row.t, row.s
-        variance = _noise_variance(self.measurement, x)
+        variance = noise_variance(self.measurement, x)
         ratio = s.sigma / s.alpha
         clean = t.sigma == 0
         eps = jax.tree.map(lambda leaf, e: (leaf - t.alpha * e) / jnp.where(clean, 1.0, t.sigma), x, x0)
@@ -325,9 +325,9 @@ class DDRM:
             seen = q > 0
             b2 = variance / jnp.where(seen, q, 1.0)
             below = ratio**2 < b2
-            first = kept * ratio / _root(jnp.where(below, b2, 1.0))
+            first = kept * ratio / root(jnp.where(below, b2, 1.0))
             pulled = jnp.where(below, first, self.eta_b)
-            drawn = jnp.where(below, self.eta * ratio, _root(ratio**2 - self.eta_b**2 * b2))
+            drawn = jnp.where(below, self.eta * ratio, root(ratio**2 - self.eta_b**2 * b2))
             return (
                 jnp.where(seen, 0.0, kept * ratio),
                 jnp.where(seen, pulled, 0.0),
@@ -473,12 +473,3 @@ class LanPaint:
 def _in_range(measurement: Measurement, x: Tree) -> Tree:
     """``A^+ A x``."""
     return measurement.operator.spectral(lambda q: jnp.where(q > 0, 1.0, 0.0).astype(q.dtype), x)
-
-
-def _noise_variance(measurement: Measurement, like: Tree) -> Array:
-    return jax.tree.leaves(measurement.variance(like))[0].reshape(-1)[0]
-
-
-def _root(square: Array) -> Array:
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)

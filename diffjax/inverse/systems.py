@@ -86,8 +86,8 @@ def proximal(measurement: Measurement, centre: Tree, variance: Array, iterations
     """
     a, residual = measurement.operator, measurement.residual(centre)
     if measurement.isotropic and hasattr(a, "spectral"):
-        noise = jax.tree.leaves(measurement.variance(centre))[0].reshape(-1)[0]
-        weight = lambda q: jnp.where(noise + variance * q > 0, variance / _safe(noise + variance * q), 0.0)
+        noise = noise_variance(measurement, centre)
+        weight = lambda q: jnp.where(noise + variance * q > 0, variance / safe(noise + variance * q), 0.0)
         change = a.spectral(weight, a.adjoint(residual))
     else:
         noise = measurement.variance(centre)
@@ -154,5 +154,11 @@ def one_level(name: str, t: Level, operator: Any = None) -> None:
         raise ValueError(f"{name} needs one noise level for the whole state, got {np.shape(t.alpha)[1:]}.")
 
 
-def _safe(number: Array) -> Array:
+def noise_variance(measurement: Measurement, like: Tree) -> Array:
+    """The one variance of isotropic noise."""
+    return jax.tree.leaves(measurement.variance(like))[0].reshape(-1)[0]
+
+
+def safe(number: Array) -> Array:
+    """1 where a number is not above 0, to divide by or take the logarithm of."""
     return jnp.where(number > 0, number, 1.0)

@@ -28,7 +28,16 @@ import numpy as np
 
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import cospectral, log_determinant
-from diffjax.inverse.systems import Solve, ends, level_key, needs_linear, needs_spectrum, normal_like, one_level
+from diffjax.inverse.systems import (
+    Solve,
+    ends,
+    level_key,
+    needs_linear,
+    needs_spectrum,
+    noise_variance,
+    normal_like,
+    one_level,
+)
 from diffjax.levels import Array, Level, Tree, dot, is_traced, static, value
 from diffjax.solvers.arguments import choice
 
@@ -142,7 +151,7 @@ class Noised:
         clean, blank = ends(level)
         raw = jax.tree.map(lambda leaf: leaf / jnp.where(blank, 1.0, level.alpha), x)
         residual = seen.residual(raw)
-        noise = jax.tree.leaves(seen.variance(x))[0].reshape(-1)[0]
+        noise = noise_variance(seen, x)
         ratio2 = (level.sigma / jnp.where(blank, 1.0, level.alpha)) ** 2
         total = lambda q: jnp.where(jnp.logical_or(clean, blank), 1.0, noise + ratio2 * q)
         inverse = lambda q: jnp.where(total(q) > 0, 1 / jnp.where(total(q) > 0, total(q), 1.0), 0.0)
