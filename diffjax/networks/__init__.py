@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 
 from diffjax.networks import pretrained
+from diffjax.networks.context import ContextTransformer, ImageEncoder, InContext, grafted
 from diffjax.networks.dit import DiT, stacked, unstacked
 from diffjax.networks.functional import Apply, architecture, attention_heads, count, functional
 from diffjax.networks.layers import label, tokens, vector
@@ -20,7 +21,10 @@ from diffjax.networks.unet import UNet
 __all__ = [
     "MLP",
     "Apply",
+    "ContextTransformer",
     "DiT",
+    "ImageEncoder",
+    "InContext",
     "MMDiT",
     "UNet",
     "architecture",
@@ -28,6 +32,7 @@ __all__ = [
     "build",
     "count",
     "functional",
+    "grafted",
     "label",
     "pretrained",
     "stacked",
@@ -45,7 +50,10 @@ def build(description: dict[str, Any], rngs: nnx.Rngs) -> nnx.Module:
     """
     kinds = {"mlp": MLP, "unet": UNet, "dit": DiT, "mmdit": MMDiT, "published": pretrained.module}
     name = description.get("name")
+    if name == "in_context":
+        context = {key: value for key, value in description["context"].items() if key != "name"}
+        return InContext(build(description["network"], rngs), ContextTransformer(**context, rngs=rngs))
     if name not in kinds:
-        raise ValueError(f"network name {name!r} is not known; known are {sorted(kinds)}")
+        raise ValueError(f"network name {name!r} is not known; known are {sorted([*kinds, 'in_context'])}")
     arguments = {key: value for key, value in description.items() if key != "name"}
     return kinds[name](**arguments, rngs=rngs)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from numpy.typing import DTypeLike
 
 from diffjax.networks import layers
@@ -46,9 +46,10 @@ class Block(nnx.Module):
         embedding: Float[Array, " d"],
         sequences: list[Float[Array, "length c"]],
         perturb: Float[Array, " heads"] | None = None,
+        mask: Bool[Array, "n n"] | None = None,
     ) -> Float[Array, "n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulate(embedding), 6)
-        h = h + gate1 * self.attention(layers.layer_norm(h) * (1 + scale1) + shift1, perturb=perturb)
+        h = h + gate1 * self.attention(layers.layer_norm(h) * (1 + scale1) + shift1, perturb=perturb, mask=mask)
         for attention, sequence in zip(self.cross, sequences, strict=True):
             h = h + attention(layers.layer_norm(h), sequence.astype(h.dtype))
         inner = self.mlp_in(layers.layer_norm(h) * (1 + scale2) + shift2)

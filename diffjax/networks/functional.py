@@ -44,7 +44,9 @@ def described(name: str, **arguments: Any) -> Architecture:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples become lists, as they do in JSON, so that a record equals its own round trip."""
+    """Tuples become lists, as they do in JSON, so that a record equals its own round trip; parts are records too."""
+    if isinstance(value, Architecture):
+        return value.json()
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 

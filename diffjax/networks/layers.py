@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import DTypeLike
 
 from diffjax.levels import is_traced
@@ -234,7 +234,8 @@ class Attention(nnx.Module):
         zero: initialise the output projection with zeros.
 
     Called with `perturb` (heads,), every head's attention map A is replaced by (1 - u) A + u I: its tokens attend to
-    themselves alone at u = 1, and nothing changes at u = 0. Self-attention only.
+    themselves alone at u = 1, and nothing changes at u = 0. Self-attention only. With `mask` (N, M), token i attends
+    to those j for which mask[i, j] is true.
     """
 
     def __init__(
@@ -257,11 +258,12 @@ class Attention(nnx.Module):
         x: Float[Array, "n d"],
         context: Float[Array, "m c"] | None = None,
         perturb: Float[Array, " heads"] | None = None,
+        mask: Bool[Array, "n m"] | None = None,
     ) -> Float[Array, "n d"]:
         query = self.query(x)
         key, value = jnp.split(self.key_value(x if context is None else context), 2, -1)
         split = [part.reshape(part.shape[0], self.heads, -1) for part in (query, key, value)]
-        attended = jax.nn.dot_product_attention(*split)
+        attended = jax.nn.dot_product_attention(*split, mask=None if mask is None else mask[None])
         if perturb is not None:  # (1 - u) A V + u V: the map itself is never formed
             u = perturb.astype(attended.dtype)[:, None]
             attended = (1 - u) * attended + u * split[2]
