@@ -361,3 +361,28 @@ def test_likelihood_draws(x64):
     assert abs(draws.mean() - variance * 2 / 0.16) < 4 * np.sqrt(variance / 4000)
     unadjusted = variance / (1 - 0.25)  # the stationary variance of steps of half the variance
     assert abs(draws.var() / unadjusted - 1) < 4 * np.sqrt(2 / 4000)
+
+
+def test_deblurring_with_a_cutoff():
+    """Methods that divide y by singular values: noise of 0.1 becomes 21, in data of 1; with a cutoff 1.0."""
+    prior, grid = oracles.gaussian(np.zeros((8, 8)), 1.0), grids.log_snr(processes.edm(10.0), 20)
+    y = np.asarray(np.random.default_rng(0).normal(size=(8, 8)), np.float32)
+    key, step = jax.random.key(0), solvers.ddim(1.0)
+
+    @jax.jit
+    def spread(seen):
+        run = lambda denoise, solver: sample(key, denoise, solver, grid, shape=(8, 8)).x
+        made = {
+            "replacement": run(inverse.replacement(prior, seen, key), step),
+            "null_space": run(inverse.null_space(prior, seen), step),
+            "mcg": run(prior, inverse.mcg(step, seen, 0.1)),
+            "lanpaint": run(prior, inverse.lanpaint(step, seen, 1)),
+        }
+        inverted = inverse.pseudo_inverse(seen.operator, seen.y)
+        return {name: jnp.std(x) for name, x in made.items()} | {"inverted": jnp.std(inverted)}
+
+    blurs = {cut: inverse.blur(inverse.gaussian_kernel(5, 1.0), (8, 8), cut) for cut in (0.0, 0.03)}
+    before, after = (spread(inverse.measurement(a, 0.1 * y, 0.1)) for a in blurs.values())
+    for name, found in after.items():
+        assert before[name] > 10, name
+        assert found < 2, name

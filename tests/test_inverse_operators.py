@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffjax import inverse
-from diffjax.inverse.operators import as_matrix, cospectral, log_determinant, shapes
+from diffjax.inverse.operators import as_matrix, cospectral, log_determinant, shapes, squared_values
 
 RNG = np.random.default_rng(0)
 KEEP = RNG.random((4, 6)) < 0.5
@@ -92,6 +92,77 @@ def test_adjoint_spectrum_and_shapes(name, operators, x64):
         close(out["pinv"], np.linalg.pinv(dense, rcond=1e-10) @ y)
 
 
+def even(transfer):
+    """The symmetric kernel whose Fourier transform is ``transfer``, frequencies 0 to n / 2 of n entries."""
+    full = np.concatenate([transfer, transfer[-2:0:-1]])
+    return np.roll(np.real(np.fft.ifft(full)), len(full) // 2)
+
+
+SMALL = np.array([1.0, 0.5, 0.3, 2e-2, 2e-3, 1e-4, 1e-6, 1e-9, 0.0])  # singular values that few bits can tell from 0
+
+
+@pytest.mark.parametrize("name", ["blur", "matrix", "traced matrix", "diagonal", "slices"])
+@pytest.mark.parametrize("bits", [32, 64])
+def test_which_singular_values_count(name, bits, x64):
+    """The same in every operator: A^+ A is 1 above four roundings and 0 below, and A A^+ A = A within their root."""
+    del x64
+    dtype, size = {32: np.float32, 64: np.float64}[bits], 16
+    kernel = even(SMALL)
+    dense = as_matrix(inverse.blur(kernel, (size,)))
+    a = {
+        "blur": lambda: inverse.blur(kernel, (size,)),
+        "matrix": lambda: inverse.matrix(dense),
+        "traced matrix": lambda: jax.jit(inverse.matrix)(dense.astype(dtype)),
+        "diagonal": lambda: inverse.diagonal({"a": SMALL[:3], "b": SMALL[3:]}),
+        "slices": lambda: inverse.slicewise(inverse.blur(kernel, (size,)), 1),
+    }[name]()
+    frequencies = np.arange(len(SMALL))
+    if name == "diagonal":
+        basis = [{"a": e[:3], "b": e[3:]} for e in np.eye(len(SMALL), dtype=dtype)]
+    else:
+        waves = np.cos(2 * np.pi * np.outer(frequencies, np.arange(size)) / size)
+        waves = (waves / np.linalg.norm(waves, axis=1, keepdims=True)).astype(dtype)
+        basis = list(waves[:, None] if name == "slices" else waves)
+    root = np.sqrt(4 * np.finfo(dtype).eps)
+    apart = 20 * np.finfo(dtype).eps / SMALL[root < SMALL].min()  # how well singular vectors of the two kinds are known
+    project = jax.jit(lambda x: a.spectral(lambda q: jnp.where(q > 0, 1.0, 0.0).astype(q.dtype), x))
+    again = jax.jit(lambda x: a(inverse.pseudo_inverse(a, a(x))))
+    for value, wave in zip(SMALL, basis, strict=True):
+        np.testing.assert_allclose(flat(project(wave)), (value > root) * flat(wave), atol=apart)
+        np.testing.assert_allclose(flat(again(wave)), flat(a(wave)), atol=root)
+    count = np.sum((SMALL if name == "diagonal" else np.linalg.svd(dense)[1]) > root)
+    assert np.count_nonzero(squared_values(a, np.zeros(1, dtype))) == count
+    seen = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, dtype), a(basis[0]))
+    assert np.abs(flat(inverse.pseudo_inverse(a, seen))).max() < 4 / root  # no rounding is divided by less
+
+
+def test_a_frequency_that_does_not_pass():
+    """Means of neighbours of 8 entries kill (1, -1, ..): a float64 transform has 1e-17 there, whose square is not 0."""
+    a = inverse.blur(np.array([0.5, 0.5]), (8,))
+    alternating = jnp.array([1.0, -1.0] * 4)
+    found = inverse.pseudo_inverse(a, a(jnp.arange(8.0)) + 0.1 * alternating)
+    centred = np.arange(8.0) - alternating * np.mean(alternating * np.arange(8.0))
+    np.testing.assert_allclose(found, centred, atol=1e-5)
+
+
+def test_cutoff():
+    """What is cut is cut of A, alike in a blur and a matrix: A A^+ A = A to rounding, and noise over 0.03 at most."""
+    kernel, shape = inverse.gaussian_kernel(5, 1.0), (8, 8)
+    whole, a = inverse.blur(kernel, shape), inverse.blur(kernel, shape, cutoff=0.03)
+    dense, full = as_matrix(a), as_matrix(whole)
+    np.testing.assert_allclose(inverse.decomposed(whole, cutoff=0.03).entries, dense, atol=1e-14)
+    u, s, vt = np.linalg.svd(full)
+    np.testing.assert_allclose((u * np.where(s > 0.03, s, 0)) @ vt, dense, atol=1e-14)
+    traced = jax.jit(lambda k: as_matrix(inverse.blur(k, shape, cutoff=0.03)))(kernel)
+    np.testing.assert_allclose(traced, dense, atol=1e-6)
+    x, y = np.asarray(np.random.default_rng(3).normal(size=(2, *shape)), np.float32)
+    np.testing.assert_allclose(a(inverse.pseudo_inverse(a, a(x))), a(x), atol=2e-5)  # 7 roundings / 0.03
+    inverted, exact = inverse.pseudo_inverse(a, y), np.linalg.pinv(dense, rcond=1e-6) @ y.ravel()
+    np.testing.assert_allclose(inverted, exact.reshape(shape), atol=1e-3)  # 8 roundings / 0.03^2
+    assert np.linalg.norm(inverted) < np.linalg.norm(y) / 0.03
+    assert np.linalg.norm(inverse.pseudo_inverse(whole, y)) > 5 * np.linalg.norm(y) / 0.03
+
+
 def test_closed_forms():
     """A convolution against SciPy's, total mass of projections, block means, one Fourier coefficient."""
     from scipy.ndimage import convolve
@@ -159,6 +230,8 @@ def test_noise_laws(x64):
         (lambda: inverse.mask(np.ones(3)), "keep"),
         (lambda: inverse.matrix(np.ones((2, 3)), (4,)), "samples of shape"),
         (lambda: inverse.blur(np.ones((5, 5)), (4, 4)), "kernel"),
+        (lambda: inverse.blur(np.ones((2, 2)), (4, 4), cutoff=-0.1), "cutoff"),
+        (lambda: inverse.matrix(np.ones((2, 2)), cutoff=1.0), "cutoff"),
         (lambda: inverse.downsample(3, (4, 4)), "factor"),
         (lambda: inverse.colourisation((4, 3), np.ones(2)), "weights"),
         (lambda: inverse.radon(np.zeros((1, 2)), (4, 4)), "image shape"),

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.inverse.measurement import Measurement
-from diffjax.inverse.operators import pseudo_inverse, shapes
+from diffjax.inverse.operators import pseudo_inverse, shapes, squared_values
 from diffjax.inverse.systems import needs_spectrum, noise_variance, normal_like, one_level, safe
 from diffjax.levels import Array, Level, Row, Tree, dot, is_traced, root, static, value
 
@@ -131,7 +131,7 @@ def _check(self: Any, t: Level) -> None:
 def minus_constant(self: Any, x: Tree) -> Array:
     """Minus what takes densities of A^+ y to those of y: the change of volume, and what of y no x can explain."""
     a, seen = self.measurement.operator, self.measurement
-    squared = _squared(a, x)
+    squared = squared_values(a, x)
     y = seen.observed(x)
     rest = jax.tree.map(jnp.subtract, y, a(pseudo_inverse(a, y)))
     noise = noise_variance(seen, x)
@@ -198,17 +198,13 @@ def _totals(potential: Potential, std: Array, row: Row) -> tuple[Any, Any]:
 def log_normal(operator: Any, gap: Tree, active: Any, variance: Any) -> Array:
     """log N(gap; 0, variance) over the directions that are active."""
     inverse = lambda q: jnp.where(active(q), 1 / jnp.where(active(q) & (variance(q) > 0), variance(q), 1.0), 0.0)
-    squared = _squared(operator, gap)
+    squared = squared_values(operator, gap)
     logs = jnp.where(active(squared), jnp.log(2 * jnp.pi * jnp.where(active(squared), variance(squared), 1.0)), 0.0)
     return -0.5 * (dot(gap, operator.spectral(inverse, gap)) + jnp.sum(logs))
 
 
 def _gap(anchor: Tree, x: Tree, row: Row) -> Tree:
     return jax.tree.map(lambda u, leaf: u - leaf / row.s.alpha, anchor, x)
-
-
-def _squared(operator: Any, like: Tree) -> Array:
-    return jnp.asarray(operator.squared, jnp.result_type(*jax.tree.leaves(like)))
 
 
 def _always(q: Array) -> Array:

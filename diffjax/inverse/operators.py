@@ -7,6 +7,12 @@ has ``spectral(f, x) = V f(s^2) V^T x``, a function of A^T A applied to x, and `
 isotropic in any basis, and on the side of the measurement
 
     f(A A^T) y = f(0) y + A g(A^T A) A^T y,     g(q) = (f(q) - f(0)) / q.
+
+Which singular values are 0 follows one rule, `resolved`: those whose square is at most four roundings of the largest
+square, in the arithmetic of the sample.  A^T A is all that is ever applied, and holds nothing finer: what is divided by
+a smaller square is the rounding of the larger ones.  So singular values count from 7e-4 of the largest in float32 and
+from 3e-8 in float64, and A A^+ A = A within that.  Noise in y is divided by what counts; `matrix`, `blur` and
+`decomposed` take out more with ``cutoff``, of the operator itself.
 """
 
 from __future__ import annotations
@@ -53,6 +59,29 @@ def shapes_of(tree: Tree) -> Shapes:
     """The `Shapes` of a tree of arrays."""
     leaves, structure = jax.tree.flatten(tree)
     return Shapes(structure, tuple(np.shape(leaf) for leaf in leaves))
+
+
+# --- which singular values count ----------------------------------------------------------------------------------
+
+ROUNDINGS = 4
+
+
+def resolved(squared: Array) -> Array:
+    """Squared singular values, 0 where they are at most four roundings of the largest, in their own arithmetic."""
+    xp: Any = np if isinstance(squared, np.ndarray) else jnp
+    least = ROUNDINGS * float(jnp.finfo(squared.dtype).eps) * xp.max(squared, initial=0.0)
+    return xp.where(squared > least, squared, xp.zeros_like(squared))
+
+
+def squared_values(operator: Any, like: Tree) -> Array:
+    """``operator.squared`` as ``operator.spectral`` counts it for a sample with the arithmetic of ``like``."""
+    return resolved(jnp.asarray(operator.squared, jnp.result_type(*jax.tree.leaves(like))))
+
+
+def check_cutoff(cutoff: float) -> None:
+    """Raise ValueError unless 0 <= cutoff < 1."""
+    if not 0 <= cutoff < 1:
+        raise ValueError(f"cutoff must be at least 0 and below 1, of the largest singular value, got {cutoff!r}.")
 
 
 # --- any linear function ------------------------------------------------------------------------------------------
@@ -136,7 +165,14 @@ class Diagonal:
     adjoint = __call__
 
     def spectral(self, f: Callable, x: Tree) -> Tree:
-        return jax.tree.map(lambda w, leaf: f(jnp.asarray(w, leaf.dtype) ** 2) * leaf, self.weights, x)
+        leaves, structure = jax.tree.flatten(x)
+        weights = jax.tree.leaves(self.weights)
+        squares = [jnp.asarray(w, leaf.dtype) ** 2 for w, leaf in zip(weights, leaves, strict=True)]
+        counted = resolved(jnp.concatenate([jnp.ravel(q) for q in squares]))
+        parts = jnp.split(counted, np.cumsum([q.size for q in squares])[:-1])
+        shaped = [q.reshape(like.shape).astype(like.dtype) for q, like in zip(parts, squares, strict=True)]
+        moved = [f(q) * leaf for q, leaf in zip(shaped, leaves, strict=True)]
+        return structure.unflatten(moved)
 
     @property
     def squared(self) -> Array:
@@ -210,25 +246,31 @@ class Mask:
 # --- matrices -----------------------------------------------------------------------------------------------------
 
 
-def matrix(entries: Array, shape: tuple[int, ...] | None = None) -> Matrix:
+def matrix(entries: Array, shape: tuple[int, ...] | None = None, cutoff: float = 0.0) -> Matrix:
     """``y = A x`` with a dense matrix (M, D); ``shape`` of one sample, with D entries, by default (D,).
 
-    The decomposition is made here, in float64 where the matrix is concrete.
+    The decomposition is made here, in float64 where the matrix is concrete.  Singular values up to ``cutoff`` of the
+    largest are taken out of A.
 
-    Raises ValueError unless it has two axes and fits the shape.
+    Raises ValueError unless it has two axes and fits the shape, and for a cutoff outside [0, 1).
+
+    >>> import numpy as np, jax.numpy as jnp
+    >>> matrix(np.diag([1.0, 0.01]), cutoff=0.03)(jnp.ones(2))
+    Array([1., 0.], dtype=float32)
     """
+    check_cutoff(cutoff)
     if np.ndim(entries) != 2:
         raise ValueError(f"entries must be a matrix (M, D), got shape {np.shape(entries)}.")
     shape = (np.shape(entries)[1],) if shape is None else tuple(shape)
     if math.prod(shape) != np.shape(entries)[1]:
         raise ValueError(f"a matrix of shape {np.shape(entries)} does not act on samples of shape {shape}.")
-    if is_traced(entries):
-        _, s, vt = jnp.linalg.svd(entries, full_matrices=False)
-    else:
-        entries = np.asarray(entries, np.float64)
-        _, s, vt = np.linalg.svd(entries, full_matrices=False)
-        s = np.where(s > 1e-12 * max(s.max(initial=0.0), 1e-300), s, 0.0)
-    return Matrix(entries, s**2, vt, shape)
+    xp = jnp if is_traced(entries) else np
+    entries = entries if is_traced(entries) else np.asarray(entries, np.float64)
+    u, s, vt = xp.linalg.svd(entries, full_matrices=False)
+    if cutoff > 0:
+        s = xp.where(s > cutoff * xp.max(s, initial=0.0), s, 0.0)
+        entries = (u * s) @ vt
+    return Matrix(entries, resolved(s**2), vt, shape)
 
 
 @value
@@ -252,7 +294,7 @@ class Matrix:
     def spectral(self, f: Callable, x: Array) -> Array:
         vt = jnp.asarray(self.vt, x.dtype)
         zero = f(jnp.zeros((), x.dtype))
-        weights = f(jnp.asarray(self.squared, x.dtype)) - zero
+        weights = f(squared_values(self, x)) - zero
         return zero * x + (vt.T @ (weights * (vt @ x.reshape(-1)))).reshape(x.shape)
 
 
@@ -293,16 +335,16 @@ def as_matrix(operator: Any, dtype: Any = None) -> Array:
         return np.asarray(build(dtype or jnp.float64))
 
 
-def decomposed(operator: Any) -> Matrix:
+def decomposed(operator: Any, cutoff: float = 0.0) -> Matrix:
     """A linear operator on one array as a dense `matrix`, which has a spectrum; for small ones, such as a Radon's.
 
-    The measurement becomes a vector.
+    The measurement becomes a vector.  ``cutoff`` as in `matrix`.
 
-    Raises ValueError for an operator on a tree.
+    Raises ValueError for an operator on a tree, and a cutoff outside [0, 1).
     """
     if not is_shape(operator.input_shape):
         raise ValueError(f"decomposed needs an operator on one array, got {operator!r}.")
-    return matrix(as_matrix(operator), operator.input_shape)
+    return matrix(as_matrix(operator), operator.input_shape, cutoff)
 
 
 # --- functions of A A^T -------------------------------------------------------------------------------------------
@@ -322,13 +364,17 @@ def cospectral(operator: Any, f: Callable, y: Tree) -> Tree:
 
 def log_determinant(operator: Any, f: Callable) -> Array:
     """``log det f(A A^T)`` for an operator with a spectrum; factors that are 0 are left out."""
-    squared = jnp.asarray(operator.squared)
+    squared = resolved(jnp.asarray(operator.squared))
     missing = shapes(operator.output_shape).entries - squared.size
     logs = lambda q: jnp.where(f(q) > 0, jnp.log(jnp.where(f(q) > 0, f(q), 1.0)), 0.0)
     return jnp.sum(logs(squared)) + missing * logs(jnp.zeros((), squared.dtype))
 
 
 def pseudo_inverse(operator: Any, y: Tree) -> Tree:
-    """``A^+ y`` for an operator with a spectrum; singular values of 0 stay 0."""
+    """``A^+ y`` for an operator with a spectrum; singular values of 0 stay 0, and so do those that do not count.
+
+    ``(A^T A)^+ A^T y``: a direction with the share s of the largest singular value has a relative error of 1 / s^2
+    roundings.  The noise of y is divided by s; an operator with a ``cutoff`` bounds that.
+    """
     positive = lambda q: jnp.where(q > 0, 1 / jnp.where(q > 0, q, 1.0), 0.0)
     return operator.spectral(positive, operator.adjoint(y))
