@@ -13,13 +13,14 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from scipy.spatial.distance import cdist
 
 from benchmarks.inverse import methods, page
-from benchmarks.inverse.problems import DRAWS, NOISES, Problem, problems
+from benchmarks.inverse.problems import DRAWS, Problem, noises, problems
 from diffjax.metrics import sliced_wasserstein
 
 RESULTS = Path(__file__).parent / "results" / "posterior.json"
@@ -61,14 +62,14 @@ def floor(problem: Problem) -> dict[str, list[float]]:
 def cell(name: str, problem: Problem, seed: int = 0) -> dict:
     """One method on all measurements of a problem."""
     method = methods.METHODS[name]
-    run = methods.compiled(name, problem.exact.shape[2:], problem.variance, method.needs_exact)
+    shape = problem.exact.shape[2:] if problem.shape is None else tuple(problem.shape.items())
+    run = methods.compiled(name, shape, problem.variance)
     keys = jax.random.split(jax.random.key(seed), len(problem.exact))
-    twists = problem.twists if method.needs_exact else None
     begun = time.perf_counter()
-    # an exact twist is an argument; others leave it out, so that they compile the same for all priors
-    out = jax.block_until_ready(run(keys, problem.prior, problem.seen, twists))
+    # what only some need is an argument; others leave it out, so that they compile the same for all priors
+    out = jax.block_until_ready(run(keys, problem.prior, problem.seen, given(method, problem)))
     seconds = time.perf_counter() - begun
-    samples, distinct = np.asarray(out.x), []
+    samples, distinct = np.asarray(out.x if problem.shape is None else joined(out.x)), []
     result = {"nfe": float(np.max(out.nfe)) / (DRAWS if method.particles else 1), "seconds": round(seconds, 2)}
     if method.particles:
         rng = np.random.default_rng(seed)
@@ -91,12 +92,23 @@ def cell(name: str, problem: Problem, seed: int = 0) -> dict:
     return result | _lists(found)
 
 
+def given(method: methods.Method, problem: Problem) -> Any:
+    """What a method needs of a problem beside the measurement, or None."""
+    return getattr(problem, method.needs) if method.needs else None
+
+
+def joined(tree: Any) -> np.ndarray:
+    """The leaves of samples (P, N, ...) behind each other."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], axis=-1)
+
+
 def rate(problem: Problem, seeds: int = 4, counts: tuple = (16, 64, 256, 1024)) -> dict:
     """The error of TDS's log-evidence, with MMPS, by the number of particles: over problems and keys."""
     assert problem.evidence is not None
     errors = []
     for count in counts:
-        run = methods.compiled("tds, mmps", problem.exact.shape[2:], problem.variance, False, count)
+        run = methods.compiled("tds, mmps", problem.exact.shape[2:], problem.variance, count)
         keys = jax.random.split(jax.random.key(count), seeds * len(problem.exact)).reshape(seeds, -1)
         logs = [np.asarray(run(k, problem.prior, problem.seen, None).log_z, np.float64) for k in keys]
         errors.append(np.stack(logs) - problem.evidence)
@@ -128,8 +140,9 @@ def run(quick: bool, wanted: list[str], chosen: list[str], minutes: float) -> di
     for problem_name, build in problems(quick).items():
         if wanted and problem_name not in wanted:
             continue
-        for noise in NOISES:
-            missing = [m for m in chosen or methods.METHODS if f"{problem_name}|{noise}|{m}" not in results]
+        for noise in noises(problem_name):
+            asked = [m for m in chosen or methods.METHODS if methods.applies(m, problem_name)]
+            missing = [m for m in asked if f"{problem_name}|{noise}|{m}" not in results]
             problem = build(noise) if missing else None
             for name in missing:
                 if time.monotonic() > end:
@@ -137,7 +150,7 @@ def run(quick: bool, wanted: list[str], chosen: list[str], minutes: float) -> di
                 assert problem is not None
                 if f"{problem_name}|{noise}|floor" not in results:
                     results[f"{problem_name}|{noise}|floor"] = floor(problem)
-                if methods.METHODS[name].needs_exact and problem.twists is None:
+                if methods.METHODS[name].needs and given(methods.METHODS[name], problem) is None:
                     continue
                 results[f"{problem_name}|{noise}|{name}"] = cell(name, problem)
                 keep({key: results[key] for key in (f"{problem_name}|{noise}|floor", f"{problem_name}|{noise}|{name}")})

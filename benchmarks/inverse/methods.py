@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffjax
-from benchmarks.inverse.problems import DRAWS
+from benchmarks.inverse.problems import DRAWS, KINDS
 from diffjax import grids, guidance, inverse, processes, sample, solvers
+from diffjax.inverse.operators import shapes
 
 STEPS = 100
 
@@ -30,7 +31,7 @@ class Setting(NamedTuple):
     grid: Any
     variance: float
     shape: tuple
-    exact: Any  # the exact twist, or None
+    given: Any  # the exact twist, or the posterior of a Gaussian, where the method needs it
     key: Any  # of the draws inside denoisers
     count: int = DRAWS  # of particles
 
@@ -41,14 +42,14 @@ class Method(NamedTuple):
     rule: str
     one: Callable
     particles: bool = False
-    needs_exact: bool = False
+    needs: str = ""  # "twists" or "tractable" of the problem
 
 
-def setting(variance: float, shape: tuple, exact: Any, key: Any, steps: int = STEPS) -> Setting:
+def setting(variance: float, shape: Any, given: Any, key: Any, steps: int = STEPS) -> Setting:
     """What the rule for all makes of a problem."""
     scale = math.sqrt(variance)
     process = processes.edm(50 * scale)
-    return Setting(process, grids.log_snr(process, steps, stop=0.002 * scale), variance, shape, exact, key)
+    return Setting(process, grids.log_snr(process, steps, stop=0.002 * scale), variance, shape, given, key)
 
 
 ANCESTRAL = solvers.ddim(eta=1.0)
@@ -119,7 +120,7 @@ def top(seen: Any) -> Any:
 
 def gradient_step(s: Setting) -> float:
     """The published displacement a step, in units of the data's norm, for as many steps as are taken here."""
-    return 10 * math.sqrt(s.variance * math.prod(s.shape)) / 222
+    return 10 * math.sqrt(s.variance * shapes(s.shape).entries) / 222
 
 
 def red_diff(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
@@ -146,7 +147,7 @@ def repaint(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
 
 
 TWISTS = {
-    "exact": lambda seen, s: s.exact,
+    "exact": lambda seen, s: s.given,
     "likelihood": lambda seen, s: inverse.likelihood(seen),
     "pigdm, v = 1": lambda seen, s: inverse.pigdm(seen, 1.0),
     "pigdm, data's v": lambda seen, s: inverse.pigdm(seen, s.variance),
@@ -165,7 +166,17 @@ RULES = {
     "noised": "none",
     "lgd": "v, 16 draws",
 }
-METHODS = {name: Method(RULES[name], twisted(twist), needs_exact=name == "exact") for name, twist in TWISTS.items()} | {
+NEEDS = {"exact": "twists"}
+
+
+def tractable(key: Any, prior: Any, seen: Any, s: Setting) -> Any:
+    """A Gaussian model leads down to noise of sqrt(v), guidance by MMPS from there."""
+    denoise = guidance.tilted(prior, TWISTS["mmps"](seen, s))
+    until = -0.5 * math.log(s.variance)
+    return run(key, inverse.tractable_steering(denoise, s.given, None, 0.5, variance=s.variance, until=until), s)
+
+
+METHODS = {name: Method(RULES[name], twisted(twist), needs=NEEDS.get(name, "")) for name, twist in TWISTS.items()} | {
     "dps": Method(
         "step 1 at 1000 steps for images of norm 222, to scale",
         around(lambda seen, s: inverse.dps(ANCESTRAL, seen, gradient_step(s))),
@@ -189,11 +200,19 @@ METHODS = {name: Method(RULES[name], twisted(twist), needs_exact=name == "exact"
     "red_diff": Method("lambda 1 / v, Adam of rate sqrt(v) / 10", red_diff),
     "daps": Method("50 levels, 5 ODE steps", daps),
     "pnp_dm": Method("40 rounds, rho from 3 to 0.05 sqrt(v), 10 steps", pnp_dm),
+    "tractable_steering": Method(
+        "a Gaussian of the data's moments, share 0.5, down to noise of sqrt(v); then mmps", tractable, needs="tractable"
+    ),
 }
 for _name in ("exact", "likelihood", "pigdm, v = 1", "pigdm, data's v", "tmpd", "mmps", "noised"):
     METHODS[f"tds, {_name}"] = Method(
-        f"{DRAWS} particles, 200 steps", particles(TWISTS[_name]), particles=True, needs_exact=_name == "exact"
+        f"{DRAWS} particles, 200 steps", particles(TWISTS[_name]), particles=True, needs=NEEDS.get(_name, "")
     )
+METHODS["tds, inpainting"] = Method(
+    f"{DRAWS} particles, 200 steps, mmps",
+    particles(lambda seen, s: inverse.inpainting(seen, TWISTS["mmps"](seen, s))),
+    particles=True,
+)
 METHODS |= {
     "conjugate": Method(
         f"{DRAWS} particles, 200 steps", filtered(lambda seen, s: inverse.conjugate(seen)), particles=True
@@ -211,20 +230,37 @@ METHODS |= {
 }
 
 
-@functools.cache
-def compiled(name: str, shape: tuple, variance: float, exact: bool, count: int = DRAWS) -> Callable:
-    """``(keys, prior, seen, twists) -> results`` over problems, jitted once for all noises of a problem."""
-    method = METHODS[name]
+# what a method is given where a problem asks more than a linear measurement with noise
+ASKED = {
+    "exact y": [
+        *["exact", "pigdm, v = 1", "pigdm, data's v", "tmpd", "mmps", "noised", "dps", "mcg", "null_space", "ddnm"],
+        *["ddrm", "diffpir", "replacement", "repaint", "lanpaint", "flowchef", "tractable_steering"],
+        *["tds, inpainting", "mcgdiff", "fps"],
+    ],
+    "blind": ["likelihood", "lgd", "dps", "daps", "pnp_dm", "tds, likelihood"],
+}
 
-    def population(key: Any, prior: Any, seen: Any, twist: Any) -> Any:
-        s = setting(variance, shape, twist if exact else None, key, 2 * STEPS if method.particles else STEPS)
+
+def applies(name: str, problem: str) -> bool:
+    """Whether a method is for a problem."""
+    kind = KINDS.get(problem, "noisy")
+    return name in ASKED[kind] if kind in ASKED else name != "tds, inpainting"
+
+
+@functools.cache
+def compiled(name: str, shape: Any, variance: float, count: int = DRAWS) -> Callable:
+    """``(keys, prior, seen, given) -> results`` over problems, jitted once for all noises of a problem."""
+    method, shape = METHODS[name], dict(shape) if shape and isinstance(shape[0], tuple) else shape
+
+    def population(key: Any, prior: Any, seen: Any, given: Any) -> Any:
+        s = setting(variance, shape, given, key, 2 * STEPS if method.particles else STEPS)
         s = s._replace(count=count)
         if method.particles:
             return method.one(key, prior, seen, s)
         return jax.vmap(lambda k: method.one(k, prior, seen, s))(jax.random.split(key, DRAWS))
 
     return jax.jit(
-        lambda keys, prior, seen, twists: jax.lax.map(
-            lambda given: population(given[0], prior, given[1], given[2]), (keys, seen, twists)
+        lambda keys, prior, seen, given: jax.lax.map(
+            lambda one: population(one[0], prior, one[1], one[2]), (keys, seen, given)
         )
     )

@@ -18,7 +18,9 @@ from diffjax.levels import value
 
 DRAWS = 1000
 CUTOFF = 0.03  # of the largest singular value: what the codes of DDRM and DDNM leave out of their blurs
-NOISES = {"low": 0.1, "high": 0.5}  # standard deviation of the noise over the largest singular value
+NOISES = {"low": 0.1, "high": 0.5, "none": 0.0}  # standard deviation of the noise over the largest singular value
+EXACT_Y, BLIND = "inpainting, exact y", "blind deblurring"
+KINDS = {EXACT_Y: "exact y", BLIND: "blind"}  # what asks more of a method than a linear, noisy measurement
 
 
 class Problem(NamedTuple):
@@ -30,6 +32,8 @@ class Problem(NamedTuple):
     exact: np.ndarray  # (P, 2 DRAWS, ...), two independent sets
     evidence: np.ndarray | None  # (P,) log p(y), where it is known
     twists: Any = None  # the exact twists, with a leading axis P
+    tractable: Any = None  # the posteriors of a Gaussian of the prior's mean and covariance, with a leading axis P
+    shape: Any = None  # of a sample that is a tree: its leaves lie behind each other in `exact`
 
 
 def stacked(values: list) -> Any:
@@ -92,7 +96,22 @@ def mixture_problem(size: int, rows: int, noise: str, count: int) -> Problem:
         draws.append(conditional_draws(rng, prior, measurements[-1], 2 * DRAWS))
     evidence = np.array([log_evidence(prior, seen) for seen in measurements])
     twists = stacked([inverse.exact(prior, seen) for seen in measurements])
-    return Problem(prior, stacked(measurements), _variance(prior), np.stack(draws), evidence, twists)
+    tractable = gaussians(prior, measurements)
+    return Problem(prior, stacked(measurements), _variance(prior), np.stack(draws), evidence, twists, tractable)
+
+
+def gaussians(prior: Any, measurements: list) -> Any:
+    """The posteriors of the Gaussian that has the mean and the covariance of a prior."""
+    shape = measurements[0].operator.input_shape
+    if isinstance(prior, ScaleMixture):
+        prior = oracles.gaussian(np.zeros(shape), np.full(shape, np.mean(prior.variances)))
+    elif hasattr(prior, "means"):
+        w, v, vectors = prior.weights, np.asarray(prior.variances), prior.vectors
+        mean = np.tensordot(w, prior.means, 1)
+        away = (prior.means - mean).reshape(len(w), -1)
+        inside = np.diag(w @ v) if vectors is None else np.einsum("k,kde,ke,kfe->df", w, vectors, v, vectors)
+        prior = oracles.gaussian(mean, inside + (w[:, None] * away).T @ away)
+    return stacked([inverse.posterior(prior, seen) for seen in measurements])
 
 
 def _variance(prior: Any) -> float:
@@ -119,7 +138,8 @@ def oracle_problem(prior: Any, operators: list, noise: str, key: jax.Array) -> P
     evidence = np.array([inverse.evidence(prior, seen) for seen in measurements])
     twists = stacked([inverse.exact(prior, seen) for seen in measurements])
     data = np.asarray(sample(prior, jax.random.split(key, 1000)))
-    return Problem(prior, stacked(measurements), float(data.var(0).mean()), np.stack(draws), evidence, twists)
+    tractable, variance = gaussians(prior, measurements), float(data.var(0).mean())
+    return Problem(prior, stacked(measurements), variance, np.stack(draws), evidence, twists, tractable)
 
 
 def gaussian_problem(noise: str, count: int) -> Problem:
@@ -148,6 +168,7 @@ def digits_prior() -> Any:
 def image_problem(name: str, noise: str, count: int) -> Problem:
     """One operator of imaging on draws of `digits_prior`."""
     operators = {
+        EXACT_Y: lambda: inverse.mask(np.random.default_rng(0).uniform(size=(8, 8)) < 0.5),
         "inpainting": lambda: inverse.mask(np.random.default_rng(0).uniform(size=(8, 8)) < 0.5),
         "deblurring": lambda: inverse.blur(inverse.gaussian_kernel(5, 1.0), (8, 8), CUTOFF),
         "super-resolution": lambda: inverse.downsample(2, (8, 8)),
@@ -155,6 +176,54 @@ def image_problem(name: str, noise: str, count: int) -> Problem:
     }
     seed = zlib.crc32(name.encode())
     return oracle_problem(digits_prior(), [operators[name]()] * count, noise, jax.random.key(seed))
+
+
+def blind_problem(noise: str, count: int) -> Problem:
+    """A draw of `digits_prior` blurred by one of eight Gaussian kernels: image and kernel are both unknown.
+
+    The kernel is one of finitely many, so that its law given y is known, and that of the image given it.  In the state
+    the kernels have the variance of the images' entries.
+    """
+    prior, rng = digits_prior(), np.random.default_rng(16)
+    widths = [(0.5, 0.5), (0.5, 1.0), (0.5, 2.0), (1.0, 0.5), (1.0, 1.0), (2.0, 0.5), (1.0, 2.0), (2.0, 2.0)]
+    lines = {std: inverse.gaussian_kernel(5, std, 1) for std in (0.5, 1.0, 2.0)}
+    kernels = np.stack([np.outer(lines[a], lines[b]) for a, b in widths])
+    sample = jax.jit(lambda prior, keys: jax.vmap(prior.sample)(keys))
+    keys = jax.random.split(jax.random.key(16), count + 1)
+    variance = float(np.asarray(sample(prior, jax.random.split(keys[-1], 1000))).var(0).mean())
+    unit = float(np.sqrt(kernels.var(0).mean() / variance))
+    blurs = [inverse.blur(kernel, (8, 8)) for kernel in kernels]
+    operator = inverse.blind(Scaled(unit), (8, 8), (5, 5))
+    measurements, draws, evidence = [], [], []
+    for key in keys[:-1]:
+        std = NOISES[noise]
+        seen = blurs[rng.integers(len(blurs))](prior.sample(key))
+        y = np.asarray(seen + std * rng.normal(size=(8, 8)))
+        measurements.append(inverse.measurement(operator, y, std))
+        each = [inverse.measurement(a, y, std) for a in blurs]
+        logs = np.array([inverse.evidence(prior, one) for one in each]) - np.log(len(blurs))
+        chosen = rng.choice(len(blurs), size=2 * DRAWS, p=np.exp(logs - np.logaddexp.reduce(logs)))
+        found = np.empty((2 * DRAWS, 64 + 25))
+        for k in np.unique(chosen):
+            rows = np.flatnonzero(chosen == k)
+            after = sample(inverse.posterior(prior, each[k]), jax.random.split(jax.random.fold_in(key, k), 2 * DRAWS))
+            found[rows, :64] = np.asarray(after)[rows].reshape(-1, 64)
+            found[rows, 64:] = kernels[k].ravel() / unit
+        draws.append(found)
+        evidence.append(np.logaddexp.reduce(logs))
+    both = inverse.joint({"image": prior, "kernel": oracles.points(kernels / unit)})
+    shape = {"image": (8, 8), "kernel": (5, 5)}
+    return Problem(both, stacked(measurements), variance, np.stack(draws), np.array(evidence), shape=shape)
+
+
+@value
+class Scaled:
+    """From the kernel in the state to its blur."""
+
+    unit: float
+
+    def __call__(self, kernel: Any) -> Any:
+        return inverse.blur(self.unit * kernel, (8, 8))
 
 
 # --- heavy tails ------------------------------------------------------------------------------------------------------
@@ -205,7 +274,8 @@ def jump_problem(law: str, noise: str, count: int, size: int = 32, rows: int = 8
         measurements.append(inverse.measurement(operator, y, std))
         draws.append(gibbs(rng, prior, operator.entries, y, std, 2 * DRAWS))
     variance = float(np.mean(prior.variances))
-    return Problem(prior, stacked(measurements), variance, np.stack(draws), None)
+    tractable = gaussians(prior, measurements)
+    return Problem(prior, stacked(measurements), variance, np.stack(draws), None, tractable=tractable)
 
 
 def gibbs(rng: np.random.Generator, prior: ScaleMixture, a: Any, y: Any, std: float, chains: int, sweeps: int = 80):
@@ -236,4 +306,9 @@ def problems(quick: bool = False) -> dict[str, Any]:
         found[f"{law} jumps"] = partial(jump_problem, law, count=2)
     for name in ("inpainting",) if quick else ("inpainting", "deblurring", "super-resolution", "tomography"):
         found[name] = partial(image_problem, name, count=4)
-    return found
+    return found | {EXACT_Y: partial(image_problem, EXACT_Y, count=4), BLIND: partial(blind_problem, count=4)}
+
+
+def noises(name: str) -> tuple[str, ...]:
+    """The noises of a problem."""
+    return ("none",) if name == EXACT_Y else ("low", "high")
