@@ -57,8 +57,8 @@ meet them; TDS by its `inpainting`. **Blind**: images blurred by one of eight ke
 """
 LEFT_OUT = """
 Without a row: `p2l`, `dds2m`, `deep_prior` and `d_flow` optimise a prompt, a network or a source for every measurement
-and give one estimate, no law; the prior of `diffusion_mbir` and `admm_tv`, of planes and a total variation, has no known
-posterior.
+and give one estimate, no law; the posterior of the prior of `diffusion_mbir` and `admm_tv`, of planes and a total
+variation, is not known.
 """
 RATE = """
 ## Error by the number of particles
