@@ -56,6 +56,13 @@ def test_particles_along_energies_are_unbiased_for_any_number_of_steps():
         assert 0 < found.resampled.mean() < 1
 
 
+def test_a_density_that_ends_is_reported():
+    """Where a composed density is 0 paths are lost: the first row that meets such a place has failed."""
+    limited = lambda x, level: jnp.where(x > 0, FIRST.log_density(x, level), -jnp.inf)
+    run = lambda key: smc.energy_smc(key, smc.composed((limited,)), WIDE, grids.log_snr(VP, 4), (), particles=16)
+    assert (jax.vmap(run)(KEYS[:20]).failed_at == 0).mean() > 0.9
+
+
 @pytest.mark.paper("Composition and Control with Distilled Energy Diffusion Models and Sequential Monte Carlo")
 def test_a_distilled_energy_is_the_projection_on_gradients():
     """Of a linear field with a curl the symmetric part is left, where the loss has no slope."""

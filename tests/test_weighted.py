@@ -189,6 +189,22 @@ def test_trees_and_devices():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8), one, many)
 
 
+@value
+class AboveZero:
+    low: Any = -np.inf
+
+    def __call__(self, y):
+        return jnp.where(y > 0, 0.0, self.low)
+
+
+@pytest.mark.parametrize("strength", [strength, 1.0])
+def test_a_density_that_ends_is_reported(strength):
+    """A reward of -inf, growing or always there, fails where it is met first; a finite one that is as low does not."""
+    run = lambda low: _run(smc.tilted(oracles.gaussian(0.0, 1.0), AboveZero(low), strength), particles=16)
+    assert (run(-np.inf).failed_at == 0).mean() > 0.9  # a sixteenth of nothing lies below 0 in some populations
+    assert (run(-50.0).failed_at == -1).all()
+
+
 def test_bad_input():
     good = smc.annealed(FIRST, 2.0)
     for match, call in {

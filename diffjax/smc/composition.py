@@ -20,7 +20,7 @@ from diffjax.samplers.sequential import normal_noise, prepare
 from diffjax.samplers.shared import inline, integer
 from diffjax.smc.particles import drawn, estimate, placed, resample, start, threshold_checked
 from diffjax.smc.resampling import effective_size, systematic
-from diffjax.smc.steering import Steered, gained, improper
+from diffjax.smc.steering import Steered, gained, improper, unbounded
 
 KINDS = ("product", "mixture")
 
@@ -196,6 +196,9 @@ def energy_smc(
     of p at the last noisy level, and the weighted particles a consistent one of p.  A last row to sigma = 0 is made
     without weights: what is denoised there is the law at the level before.
 
+    The densities are above 0 at all levels, as diffused ones are.  One that is 0 somewhere loses the paths of F that
+    pass there, and has no score: ``failed_at`` says where one was met.
+
     Args:
         key, solver, grid, shape, dtype: as for `diffjax.sample`; the solver with a kernel whose noise is not too narrow
             for the weights: `ancestral` with variance 1.
@@ -256,11 +259,12 @@ def _smc(place, log_density, resampler, solver, key, x, rows, threshold) -> Stee
 
         x, logs, gain = jax.vmap(one)(x, logs, noise)
         weighted = gained(place, weighted, gain)
-        failed_at = jnp.where((failed_at < 0) & improper(place, x, weighted), index, failed_at)
+        wrong = improper(place, x, weighted) | unbounded(place, logs)
+        failed_at = jnp.where((failed_at < 0) & wrong, index, failed_at)
         return (x, logs, weighted, failed_at), choice
 
     indices = jnp.arange(count, dtype=jnp.int32)
-    state = (x, logs, weighted, jnp.full((), -1, jnp.int32))
+    state = (x, logs, weighted, jnp.where(unbounded(place, logs), 0, -1).astype(jnp.int32))
     (x, _, weighted, failed_at), choices = jax.lax.scan(body, state, (indices, rows))
     ess = jnp.concatenate([choices.ess, effective_size(weighted.log_weights)[None]])
     lost = (weighted.collapsed_at < 0) & (jnp.max(weighted.log_weights) == -jnp.inf)

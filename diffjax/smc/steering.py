@@ -497,6 +497,11 @@ def improper(place: Place, x: Tree, weighted: Weighted) -> Array:
     return (place.total((~all_finite(x)).astype(jnp.int32)) > 0) | jnp.any(weights)
 
 
+def unbounded(place: Place, values: Array) -> Array:
+    """Whether the particles' values, rewards or log-densities, are not all finite."""
+    return place.total(jnp.any(~jnp.isfinite(values)).astype(jnp.int32)) > 0
+
+
 def transported_states(place: Place, resampler: Any, log_weights: Array, particles: Particle) -> tuple[Particle, Array]:
     """The particles moved by a resampler's matrix, state and the solver's memory, and who gave most to each place."""
     flat = jax.vmap(lambda x: ravel_pytree(x)[0])(particles.x)

@@ -25,7 +25,7 @@ from diffjax.smc.particles import (
     threshold_checked,
 )
 from diffjax.smc.resampling import effective_size, normalised, systematic
-from diffjax.smc.steering import Steered, gained, improper
+from diffjax.smc.steering import Steered, gained, improper, unbounded
 from diffjax.smc.targets import Control, Local, Target
 from diffjax.solvers.arguments import number
 from diffjax.solvers.ddim import ddim
@@ -56,6 +56,10 @@ def weighted_sde(
     first order in the step.  Far above the data, products and annealing with weights that do not sum to 1 gain variance
     with every halving of sigma, the less so the larger eta: start no higher than need be.  Errors of order 1 / N come
     with a control, which is solved from the particles that it moves.
+
+    A reward is finite and differentiable everywhere.  One of -inf ends the density at an edge, for which the identity
+    has no term: particles that cross it would be lost, the more the smaller the steps (0.02 of 0.5 for y > 0).  So
+    ``failed_at`` says where one was met; what is to be excluded is a potential or twist of `diffjax.steer`.
 
     Args:
         key, grid, shape, dtype, particles, resampler, threshold, every, mesh, axis: as for `diffjax.steer`.
@@ -187,6 +191,7 @@ def _population(options, x, target, control, resampler, solver, key, rows, thres
         begun = change * look.local.reward if options.prior else jnp.zeros_like(passed)
         gain = jnp.where(index == 0, begun, passed)
         weighted = gained(place, carry.weighted, gain)
+        ended = unbounded(place, look.local.reward)
         theta = carry.theta
         if control is not None:
             whole = look.local.rate + growth * look.local.reward  # the rate with beta' r, which the loop adds apart
@@ -197,7 +202,7 @@ def _population(options, x, target, control, resampler, solver, key, rows, thres
         )
         (noise,) = drawn(key, index, slots, x, 1)
         x = advance(x, look, theta, noise, row)
-        wrong = improper(place, x, weighted)
+        wrong = improper(place, x, weighted) | ended
         failed_at = jnp.where((carry.failed_at < 0) & wrong, index, carry.failed_at)
         before = (look.local.rate + look.gains @ theta, look.local.reward)
         return Carry(x, before, theta, weighted, failed_at), choice
@@ -218,14 +223,16 @@ def _population(options, x, target, control, resampler, solver, key, rows, thres
     growths = jnp.diff(betas, append=final) / jnp.where(spans > 0, spans, jnp.inf)
     indices = jnp.arange(count, dtype=jnp.int32)
     end, choices = jax.lax.scan(body, carry, (indices, rows, lengths, changes, growths))
-    gain = share * end.before[0]
+    gain, ended = share * end.before[0], jnp.asarray(False)
     if target.reward is not None:
         reward = jax.vmap(lambda x: target.reward(jax.tree.map(lambda leaf: leaf / last.s.alpha, x)))(end.x)
         gain = gain + 0.5 * (final[0] - betas[-1]) * (end.before[1] + reward)
+        ended = unbounded(place, reward)
     weighted = gained(place, end.weighted, gain)
     lost = jnp.max(weighted.log_weights) == -jnp.inf
     collapsed = jnp.where((weighted.collapsed_at < 0) & lost, count, weighted.collapsed_at)
-    failed_at = jnp.where((end.failed_at < 0) & improper(place, end.x, weighted), count, end.failed_at)
+    wrong = improper(place, end.x, weighted) | ended
+    failed_at = jnp.where((end.failed_at < 0) & wrong, count, end.failed_at)
     ess = jnp.concatenate([choices.ess, effective_size(weighted.log_weights)[None]])
     log_z = estimate(weighted) + (_start_integral(target, x, rows) if options.prior else 0.0)
     each = jax.vmap(lambda level: jnp.asarray(target.evaluations(level), jnp.int32))(jax.tree.map(jnp.asarray, rows.t))
