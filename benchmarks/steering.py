@@ -39,7 +39,8 @@ def ours(particles: int, grid: diffjax.Grid):
     run = jax.jit(
         lambda key: diffjax.steer(key, law, solver, grid, (2,), particles=particles, twist=twist, proposal="base")
     )
-    return lambda: jax.block_until_ready(run(jax.random.key(0)))
+    key = jax.random.key(0)  # made once, as the peer seeds its generator once
+    return lambda: jax.block_until_ready(run(key))
 
 
 def theirs(python: str, particles: int, grid: diffjax.Grid, runs: int) -> dict:

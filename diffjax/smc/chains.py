@@ -15,8 +15,18 @@ import jax.numpy as jnp
 from diffjax.levels import Array, Tree, all_finite, as_value, static, value
 from diffjax.samplers.shared import inline, integer, take
 from diffjax.smc.branching import Chosen, Judged, Single
-from diffjax.smc.particles import Place, Weighted, estimate, placed, resample, start, threshold_checked
-from diffjax.smc.resampling import effective_size, systematic
+from diffjax.smc.particles import (
+    Place,
+    Weighted,
+    collapsed,
+    effective_sizes,
+    estimate,
+    placed,
+    resample,
+    start,
+    threshold_checked,
+)
+from diffjax.smc.resampling import systematic
 from diffjax.smc.steering import Steered
 from diffjax.smc.twists import difference, owed
 from diffjax.solvers.arguments import number
@@ -113,18 +123,18 @@ def _run(place: Place, length: int, every: int, chain: Chain, key: Array, root: 
     (state, weighted, failed), choices = jax.lax.scan(body, (state, start(place, kind), none), depths)
     x, paid, _ = state
     weighted = _gained(weighted, owed(seen(x, jnp.asarray(length, jnp.int32)), paid))
-    lost = (weighted.collapsed_at < 0) & (jnp.max(weighted.log_weights) == -jnp.inf)
+    ess = effective_sizes(choices, weighted)
     failed = jnp.where((failed < 0) & _wrong(x, weighted), length, failed)
     return Steered(
         x,
         weighted.log_weights,
         estimate(weighted),
-        jnp.concatenate([choices.ess, effective_size(weighted.log_weights)[None]]),
+        ess,
         choices.resampled,
         choices.ancestors,
         jnp.asarray(count * length, jnp.int32),
         failed,
-        jnp.where(lost, length, weighted.collapsed_at),
+        collapsed(ess),
     )
 
 

@@ -18,8 +18,17 @@ import numpy as np
 from diffjax.levels import Array, Grid, Level, Row, Solver, Tree, all_finite, as_value, dot, is_traced, static, value
 from diffjax.samplers.sequential import normal_noise, prepare
 from diffjax.samplers.shared import inline, integer
-from diffjax.smc.particles import drawn, estimate, placed, resample, start, threshold_checked
-from diffjax.smc.resampling import effective_size, systematic
+from diffjax.smc.particles import (
+    collapsed,
+    drawn,
+    effective_sizes,
+    estimate,
+    placed,
+    resample,
+    start,
+    threshold_checked,
+)
+from diffjax.smc.resampling import systematic
 from diffjax.smc.steering import Steered, gained, improper, unbounded
 
 KINDS = ("product", "mixture")
@@ -266,8 +275,7 @@ def _smc(place, log_density, resampler, solver, key, x, rows, threshold) -> Stee
     indices = jnp.arange(count, dtype=jnp.int32)
     state = (x, logs, weighted, jnp.where(unbounded(place, logs), 0, -1).astype(jnp.int32))
     (x, _, weighted, failed_at), choices = jax.lax.scan(body, state, (indices, rows))
-    ess = jnp.concatenate([choices.ess, effective_size(weighted.log_weights)[None]])
-    lost = (weighted.collapsed_at < 0) & (jnp.max(weighted.log_weights) == -jnp.inf)
+    ess = effective_sizes(choices, weighted)
     return Steered(
         x,
         weighted.log_weights,
@@ -277,7 +285,7 @@ def _smc(place, log_density, resampler, solver, key, x, rows, threshold) -> Stee
         choices.ancestors,
         jnp.asarray((2 * count + 1) * place.count, jnp.int32),
         failed_at,
-        jnp.where(lost, count, weighted.collapsed_at),
+        collapsed(ess),
     )
 
 

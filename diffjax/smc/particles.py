@@ -94,7 +94,6 @@ class Weighted(NamedTuple):
 
     log_weights: Array  # (N,) on every device
     log_z: Array
-    collapsed_at: Array
 
 
 class Choice(NamedTuple):
@@ -107,12 +106,23 @@ class Choice(NamedTuple):
 
 def start(place: Place, kind: Any) -> Weighted:
     """Weights of 1."""
-    return Weighted(jnp.zeros(place.count, kind), jnp.zeros((), kind), jnp.full((), -1, jnp.int32))
+    return Weighted(jnp.zeros(place.count, kind), jnp.zeros((), kind))
 
 
 def estimate(weighted: Weighted) -> Array:
     """The logarithm of the estimate of Z that is unbiased on the natural scale."""
     return weighted.log_z + log_mean(weighted.log_weights)
+
+
+def effective_sizes(choices: Choice, weighted: Weighted) -> Array:
+    """Before resampling in each row, and at the end: (rows + 1,)."""
+    return jnp.concatenate([choices.ess, effective_size(weighted.log_weights)[None]])
+
+
+def collapsed(ess: Array) -> Array:
+    """The first row at which all weights were zero, which only then have an effective size of 0; or -1."""
+    lost = ess == 0
+    return jnp.where(jnp.any(lost), jnp.argmax(lost), -1).astype(jnp.int32)
 
 
 def resample(
@@ -135,7 +145,7 @@ def resample(
     ess = effective_size(log_weights)
     alive = jnp.max(log_weights) > -jnp.inf
     due = allowed & alive & (ess < threshold * count)
-    own = jnp.arange(count, dtype=jnp.int32)
+    own = np.arange(count, dtype=np.int32)  # a constant: not made anew in every row
 
     def choose(particles: Tree) -> tuple[Tree, Array, Array, Array]:
         log_z = estimate(weighted)
@@ -152,11 +162,10 @@ def resample(
         return particles, after, log_z, ancestors
 
     def keep(particles: Tree) -> tuple[Tree, Array, Array, Array]:
-        return particles, log_weights, weighted.log_z, own
+        return particles, log_weights, weighted.log_z, jnp.asarray(own)
 
     particles, after, log_z, ancestors = jax.lax.cond(due, choose, keep, particles)
-    collapsed = jnp.where((weighted.collapsed_at < 0) & ~alive & ~jnp.isnan(ess), index, weighted.collapsed_at)
-    return particles, Weighted(after, log_z, collapsed), Choice(ess, ancestors, due)
+    return particles, Weighted(after, log_z), Choice(ess, ancestors, due)
 
 
 def lineage(ancestry: Array) -> Array:

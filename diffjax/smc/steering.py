@@ -55,7 +55,9 @@ from diffjax.smc.particles import (
     Choice,
     Place,
     Weighted,
+    collapsed,
     drawn,
+    effective_sizes,
     estimate,
     placed,
     resample,
@@ -63,7 +65,7 @@ from diffjax.smc.particles import (
     start,
     threshold_checked,
 )
-from diffjax.smc.resampling import effective_size, systematic
+from diffjax.smc.resampling import systematic
 from diffjax.smc.twists import Difference, difference, owed
 from diffjax.solvers.arguments import choice
 
@@ -404,11 +406,9 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
     before = last if options.denoised else jax.tree.map(lambda leaf: leaf[-1], rows.t)
     result, log_h, cost = _finish(options, models, end.particles, last, before)
     weighted = gained(place, end.weighted, owed(log_h, end.particles.paid))
-    lost = jnp.max(weighted.log_weights) == -jnp.inf
-    collapsed_at = jnp.where((weighted.collapsed_at < 0) & lost, count, weighted.collapsed_at)
     failed_at = jnp.where((end.failed_at < 0) & improper(place, result, weighted), count, end.failed_at)
     first = 0 if not remembers(models.denoise) else initial_evaluations(models.denoise)
-    ess = jnp.concatenate([choices.ess, effective_size(weighted.log_weights)[None]])
+    ess = effective_sizes(choices, weighted)
     return Steered(
         result,
         weighted.log_weights,
@@ -418,7 +418,7 @@ def _population(options: Options, x: Tree, models: Models, key: Array, rows: Row
         choices.ancestors,
         place.total(end.nfe + cost + place.local * first),
         failed_at,
-        collapsed_at,
+        collapsed(ess),
     )
 
 

@@ -16,7 +16,9 @@ from diffjax.smc.particles import (
     Choice,
     Place,
     Weighted,
+    collapsed,
     drawn,
+    effective_sizes,
     estimate,
     placed,
     resample,
@@ -24,7 +26,7 @@ from diffjax.smc.particles import (
     start,
     threshold_checked,
 )
-from diffjax.smc.resampling import effective_size, normalised, systematic
+from diffjax.smc.resampling import normalised, systematic
 from diffjax.smc.steering import Steered, gained, improper, unbounded
 from diffjax.smc.targets import Control, Local, Target
 from diffjax.solvers.arguments import number
@@ -229,16 +231,14 @@ def _population(options, x, target, control, resampler, solver, key, rows, thres
         gain = gain + 0.5 * (final[0] - betas[-1]) * (end.before[1] + reward)
         ended = unbounded(place, reward)
     weighted = gained(place, end.weighted, gain)
-    lost = jnp.max(weighted.log_weights) == -jnp.inf
-    collapsed = jnp.where((weighted.collapsed_at < 0) & lost, count, weighted.collapsed_at)
     wrong = improper(place, end.x, weighted) | ended
     failed_at = jnp.where((end.failed_at < 0) & wrong, count, end.failed_at)
-    ess = jnp.concatenate([choices.ess, effective_size(weighted.log_weights)[None]])
+    ess = effective_sizes(choices, weighted)
     log_z = estimate(weighted) + (_start_integral(target, x, rows) if options.prior else 0.0)
     each = jax.vmap(lambda level: jnp.asarray(target.evaluations(level), jnp.int32))(jax.tree.map(jnp.asarray, rows.t))
     nfe = place.count * jnp.sum(jnp.broadcast_to(each, (count,)))
     return Steered(
-        end.x, weighted.log_weights, log_z, ess, choices.resampled, choices.ancestors, nfe, failed_at, collapsed
+        end.x, weighted.log_weights, log_z, ess, choices.resampled, choices.ancestors, nfe, failed_at, collapsed(ess)
     )
 
 

@@ -9,8 +9,18 @@ import jax.numpy as jnp
 
 from diffjax.levels import Array, Tree
 from diffjax.smc.mcmc import pcnl
-from diffjax.smc.particles import Place, Weighted, estimate, placed, resample, start, threshold_checked
-from diffjax.smc.resampling import effective_size, systematic
+from diffjax.smc.particles import (
+    Place,
+    Weighted,
+    collapsed,
+    effective_sizes,
+    estimate,
+    placed,
+    resample,
+    start,
+    threshold_checked,
+)
+from diffjax.smc.resampling import systematic
 from diffjax.smoothing.composition import Chain, Sequential
 from diffjax.smoothing.potentials import Guided, log_value
 from diffjax.solvers.arguments import integer
@@ -156,12 +166,10 @@ def _filtered(
         many, weighted, choice = resample(key, index, place, resampler, threshold, jnp.asarray(True), weighted, many)
         ends = jax.vmap(kernel.forward, (None, 0, 0))(message, many, noise)
         weighted = weighted._replace(log_weights=weighted.log_weights + ends.log_weight)
-        return (index + 1, ends.x, weighted), (ends.path, choice.ess, choice.ancestors)
+        return (index + 1, ends.x, weighted), (ends.path, choice)
 
     by_link = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), noise)
     carry = (jnp.zeros((), jnp.int32), many, weighted)
-    (index, many, weighted), (path, ess, ancestry) = links.walk(body, carry, message, by_link)
-    ess = jnp.concatenate([ess, effective_size(weighted.log_weights)[None]])
-    dead = (weighted.collapsed_at < 0) & (jnp.max(weighted.log_weights) == -jnp.inf)
-    collapsed = jnp.where(dead, index, weighted.collapsed_at)
-    return Filtered(many, weighted.log_weights, estimate(weighted), path, ess, ancestry, collapsed)
+    (_, many, weighted), (path, choices) = links.walk(body, carry, message, by_link)
+    ess = effective_sizes(choices, weighted)
+    return Filtered(many, weighted.log_weights, estimate(weighted), path, ess, choices.ancestors, collapsed(ess))
