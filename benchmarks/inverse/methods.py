@@ -1,7 +1,8 @@
 """The methods of the benchmark, each with one setting for all cells, by the rule that stands beside it.
 
-Rule for all: 100 steps even in log-SNR from 50 to 0.002 standard deviations of the data, then to 0, ancestral steps;
-numbers with units follow from the data's variance v (a thousand samples), the noise and the largest singular value.
+Rule for all: 100 steps (particles: 200) even in log-SNR from 50 to 0.002 standard deviations of the data, then to 0,
+ancestral steps; numbers with units follow from the data's variance v (a thousand samples), the noise and the largest
+singular value.
 What is published for images is carried over per step and per unit of the data's norm.  Nothing is tuned to a cell.
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.inverse import methods
-from benchmarks.inverse.problems import BLIND, EXACT_Y, KINDS, noises
+from benchmarks.inverse.problems import BLIND, EXACT_Y, KINDS, noises, problems
 
 DOCS = Path(__file__).parents[2] / "docs"
 GROUPS = {
@@ -27,13 +27,14 @@ TEXT = """# How far inverse methods are from the posterior
 Made by `python -m benchmarks.posterior --page` from benchmarks/results/posterior.json; the same command without
 `--page` runs the cells that are missing there.
 
-Every method draws 1,000 samples for measurements whose posterior is known: of a Gaussian with a full covariance; of
-25 unit Gaussians on a grid of spacing 8 in 8, 80 and 800 dimensions, seen through 1, 2 or 4 random projections; of
-signals with Laplace and Student increments (as finite scale mixtures; the posterior by a Gibbs sampler); and of 8 x 8
-images, a mixture of ten Gaussians fitted to digits. Noise is 0.1 ("low") or 0.5 ("high") of the largest singular value.
-All denoisers are exact, so what is measured is the method. The blur and the tomography are without their singular
-values of at most 0.03 of the largest, as in the codes of DDRM and DDNM (`cutoff`): replacement, MCG, DDNM, RePaint,
-LanPaint and RED-diff divide noise by them.
+Every method draws 1,000 samples for measurements whose posterior is known: of a Gaussian with a full covariance (6
+measurements); of 25 unit Gaussians on a grid of spacing 8 in 8, 80 and 800 dimensions, seen through 1, 2 or 4 random
+projections (12, 6 and 2 of each, for the time they take); of signals with Laplace and Student increments (as finite
+scale mixtures, 2 each; the posterior by a Gibbs sampler); and of 8 x 8 images, a mixture of ten Gaussians fitted to
+digits (4 for every operator). All methods get the same ones. Noise is 0.1 ("low") or 0.5 ("high") of the largest
+singular value. All denoisers are exact, so what is measured is the method. The blur and the tomography are without
+their singular values of at most 0.03 of the largest, as DDRM's code has it (`cutoff`): replacement, RePaint, MCG,
+LanPaint and null_space divide the noise by singular values, and RED-diff starts from what comes of it. {missing}
 
 **Distance** is the sliced Wasserstein distance (500 directions) to 1,000 exact draws, divided by that of another 1,000
 exact draws (the floor): 1 is indistinguishable; the median over measurements and problems of a group, and in the next
@@ -41,7 +42,8 @@ table its mean. **C2ST** is the accuracy of the nearest neighbour in telling the
 **Coverage** is the posterior's probability of the central 90 % intervals of the samples, entry by entry: 0.9 is
 calibrated, less is too narrow or elsewhere. **Calls** are denoiser evaluations a sample, **seconds** those of 1,000
 samples of one measurement on two busy CPU cores, compilation included: an order of magnitude. A dash is a cell that
-has not been run or that the method cannot do. Rule of the settings: {rule}
+has not been run or that the method cannot do, a star a group of which not all problems have been.
+Rule of the settings: {rule}
 
 """
 
@@ -49,8 +51,8 @@ has not been run or that the method cannot do. Rule of the settings: {rule}
 ASKING = """
 ## Exact and blind measurements
 
-Median, and mean in brackets. **Exact y**: half of the pixels of the images, known without noise, for methods that can
-meet them; TDS by its `inpainting`. **Blind**: images blurred by one of eight kernels, which is part of the state
+Median, and mean in brackets. **Exact y**: half of the pixels of the images, known without noise, for methods that
+need none; TDS by its `inpainting`. **Blind**: images blurred by one of eight kernels, which is part of the state
 (`inverse.blind`, `joint`), so that the posterior is known kernel by kernel; for methods that take nonlinear operators.
 `dps` there is BlindDPS without its penalty. Two denoisers are called at a time.
 
@@ -78,7 +80,7 @@ def write(results: dict) -> None:
     groups, special = ({name: ps for name, ps in given.items() if there(ps)} for given in (GROUPS, SPECIAL))
     names = [m for m in methods.METHODS if any(key.endswith(f"|{m}") for key in results)]
     rule = " ".join((methods.__doc__ or "").partition("Rule for all: ")[2].split())
-    text = TEXT.format(rule=rule)
+    text = TEXT.format(rule=rule, missing=_missing(results))
     text += "## Distance to the posterior over the floor, median\n\n" + _distances(results, groups, names, np.median)
     text += "\n![Distances](posterior.png)\n\n"
     text += "## The same, mean\n\n" + _distances(results, groups, names, np.mean)
@@ -102,8 +104,18 @@ def write(results: dict) -> None:
     _figure(results, groups | special, names)
 
 
+def _missing(results: dict) -> str:
+    """Which problems no method has been run on, with the noises."""
+    found = []
+    for problem in problems():
+        left = [noise for noise in noises(problem) if f"{problem}|{noise}|floor" not in results]
+        if left:
+            found.append(problem if len(left) == len(noises(problem)) else f"{problem} at {left[0]} noise")
+    return f"Not run so far, for the time it takes: {'; '.join(found)}." if found else ""
+
+
 def _columns(groups: dict) -> list[tuple[str, str]]:
-    return [(group, noise) for group, problems in groups.items() for noise in noises(problems[0])]
+    return [(group, noise) for group, names in groups.items() for noise in noises(names[0])]
 
 
 def _head(groups: dict) -> list[str]:
@@ -121,6 +133,12 @@ def ratios(results: dict, group: list[str], noise: str, method: str) -> list[flo
     return found
 
 
+def _partly(results: dict, group: list[str], noise: str, method: str) -> bool:
+    """Whether a problem of the group has been run, but not with this method."""
+    there = [problem for problem in group if f"{problem}|{noise}|floor" in results]
+    return any(f"{problem}|{noise}|{method}" not in results for problem in there)
+
+
 def _number(value: float) -> str:
     if math.isnan(value):
         return "-"
@@ -133,12 +151,14 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _distances(results: dict, groups: dict, names: list[str], average: Any) -> str:
-    rows = []
+    rows, columns = [], _columns(groups)
     for name in names:
-        values = [ratios(results, groups[group], noise, name) for group, noise in _columns(groups)]
+        values = [ratios(results, groups[group], noise, name) for group, noise in columns]
         written = [average(v) if v else math.nan for v in values]
         if any(values):
-            rows.append([name] + [w if isinstance(w, str) else _number(float(w)) for w in written])
+            partly = [_partly(results, groups[group], noise, name) for group, noise in columns]
+            written = [w if isinstance(w, str) else _number(float(w)) for w in written]
+            rows.append([name] + [w + "*" * (p and w != "-") for w, p in zip(written, partly, strict=True)])
     return _table(_head(groups), rows)
 
 
