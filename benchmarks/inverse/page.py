@@ -88,9 +88,9 @@ def write(results: dict) -> None:
         both = lambda values: f"{_number(float(np.median(values)))} ({_number(float(np.mean(values)))})"
         text += ASKING + _distances(results, special, names, both)
     text += LEFT_OUT
-    text += (
-        "\n## Everything else, over all groups\n\nWithout exact and blind measurements, but for methods that were only run there.\n\n"
-        + _rest(results, names)
+    text += "\n## Everything else, over all groups\n\n"
+    text += "Without exact and blind measurements, but for methods that were only run there.\n\n" + _rest(
+        results, names
     )
     text += "\n## Log-evidence of the particle methods\n\n"
     text += "Estimate minus log p(y), in nats: the mean over the measurements, and the worst.\n\n"
