@@ -30,6 +30,7 @@ from diffjax.nongaussian.restoration import energy_prior as energy_prior
 from diffjax.nongaussian.restoration import map_loss as map_loss
 from diffjax.nongaussian.restoration import masked as masked
 from diffjax.nongaussian.restoration import regenerated as regenerated
+from diffjax.nongaussian.rotations import rotations as rotations
 from diffjax.nongaussian.simplex import broken as broken
 from diffjax.nongaussian.simplex import jacobi as jacobi
 from diffjax.nongaussian.simplex import joined as joined

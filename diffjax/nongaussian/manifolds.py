@@ -1,4 +1,4 @@
-"""Diffusion on manifolds: Brownian motion on tori and the sphere, and its reversal by geodesic steps.
+"""Diffusion on manifolds: Brownian motion on tori, the sphere and (`rotations`) SO(3), reversed by geodesic steps.
 
 Data noised to variance t have the density of a heat kernel averaged over them.  The reversal from variance t to s is
 a random walk, one tangent vector a step,
@@ -43,16 +43,24 @@ class Torus:
 
     def holds(self, points: np.ndarray) -> bool:
         """Whether all (K, D) are points."""
-        return points.shape[1] == self.dimensions
+        return points.shape[1:] == (self.dimensions,)
 
     def tangent(self, x: Array, v: Array) -> Array:
         """The part of a vector that is tangent at x."""
         del x
         return v
 
+    def noise(self, key: Array, x: Array) -> Array:
+        """A standard normal tangent vector at x."""
+        return jax.random.normal(key, x.shape, x.dtype)
+
     def exp(self, x: Array, v: Array) -> Array:
         """The end of the geodesic of velocity v."""
         return jnp.mod(x + v + math.pi, 2 * math.pi) - math.pi
+
+    def log(self, x: Array, y: Array) -> Array:
+        """The v of the shortest ``exp(x, v) = y``."""
+        return jnp.mod(y - x + math.pi, 2 * math.pi) - math.pi
 
     def log_heat(self, x: Array, centre: Array, variance: Array) -> Array:
         """log H: of Brownian motion from the centre; variance up to about 25, where it is flat to 1e-5."""
@@ -88,11 +96,15 @@ class Sphere:
 
     def holds(self, points: np.ndarray) -> bool:
         """Whether all (K, D) are points, to the rounding of float32."""
-        return points.shape[1] == 3 and np.allclose(np.sum(points**2, axis=1), 1.0, rtol=0, atol=1e-5)
+        return points.shape[1:] == (3,) and np.allclose(np.sum(points**2, axis=1), 1.0, rtol=0, atol=1e-5)
 
     def tangent(self, x: Array, v: Array) -> Array:
         """The part of a vector that is tangent at x."""
         return v - (x @ v) * x
+
+    def noise(self, key: Array, x: Array) -> Array:
+        """A standard normal tangent vector at x."""
+        return self.tangent(x, jax.random.normal(key, x.shape, x.dtype))
 
     def exp(self, x: Array, v: Array) -> Array:
         """The end of the great circle of velocity v."""
@@ -101,6 +113,13 @@ class Sphere:
         rate = jnp.where(square > 0, jnp.sin(size) / size, 1.0)
         y = jnp.where(square > 0, jnp.cos(size), 1.0) * x + rate * v
         return y / jnp.linalg.norm(y)
+
+    def log(self, x: Array, y: Array) -> Array:
+        """The v of the shortest ``exp(x, v) = y``; its length is the angle."""
+        v = self.tangent(x, y)
+        square = v @ v
+        size = jnp.sqrt(jnp.where(square > 0, square, 1.0))
+        return jnp.where(square > 0, jnp.arctan2(size, x @ y) / size, 1.0) * v
 
     def log_heat(self, x: Array, centre: Array, variance: Array) -> Array:
         """log H: of Brownian motion from the centre."""
@@ -121,14 +140,14 @@ def heat_mixture(manifold: Any, centres: Array, variances: Array, weights: Array
     """Data that are a mixture of heat kernels: noised to any variance they are one again, so that all is exact.
 
     Args:
-        manifold: `torus` or `sphere`.
-        centres: (K, D) points; variances: above 0, a number or (K,); weights: (K,), default even.
+        manifold: `torus`, `sphere` or `rotations`.
+        centres: K points along a leading axis; variances: above 0, a number or (K,); weights: (K,), default even.
 
     Raises ValueError for arguments that do not fit.
     """
     centres = np.asarray(centres)
-    if centres.ndim != 2:
-        raise ValueError(f"centres must be points (K, D), got shape {centres.shape}.")
+    if centres.ndim < 2:
+        raise ValueError(f"centres must be points along a leading axis, got shape {centres.shape}.")
     if not manifold.holds(centres):
         raise ValueError(f"centres must be points of {manifold!r}, got {centres!r}.")
     if not is_traced(variances) and not np.all(np.asarray(variances) > 0):
@@ -148,7 +167,7 @@ class HeatMixture:
     factory = "heat_mixture"
 
     def log_density(self, x: Array, variance: Array = 0.0) -> Array:
-        """Of data noised to a variance, with respect to length or area."""
+        """Of data noised to a variance, with respect to length, area or volume."""
         cast = lambda leaf: jnp.asarray(leaf, x.dtype)
         one = lambda centre, own: self.manifold.log_heat(x, centre, own + variance)
         logs = jax.vmap(one)(cast(self.centres), cast(self.variances))
@@ -163,8 +182,8 @@ def geodesic_walk(manifold: Any, score: Callable[[Array, Array], Array], varianc
     """The reversal of Brownian motion, from a uniform point: ``step(key, x, depth) -> x`` of ``len(variances)`` steps.
 
     Args:
-        manifold: `torus` or `sphere`.
-        score: ``(x, variance) -> tangent vector``, as ``heat_mixture(...).score`` or a network's.
+        manifold: `torus`, `sphere` or `rotations`.
+        score: ``(x, variance) -> tangent vector``, as ``heat_mixture(...).score`` or a network's; of `rotations` (3,).
         variances: falling, the first so large that data noised to it are uniform, the last 0.  Depth 0 is the root,
             any point; depth 1 the uniform draw; depth i + 1 has variance i.
 
@@ -222,7 +241,7 @@ class Walk:
     def _parts(self, key: Array, x: Array, depth: Array) -> tuple[Array, Array, Array]:
         t, s = (leaf.astype(x.dtype) for leaf in self._levels(depth))
         safe = jnp.where(t > 0, t, 1.0)
-        z = self.manifold.tangent(x, jax.random.normal(key, x.shape, x.dtype))
+        z = self.manifold.noise(key, x)
         return (t - s) * self.score(x, safe), jnp.sqrt(s * (t - s) / safe), z
 
     def _moved(self, key: Array, x: Array, v: Array, depth: Array) -> Array:
