@@ -19,6 +19,7 @@ from diffjax.inverse.images import blur, colourisation, downsample, fourier, gau
 from diffjax.inverse.inpainting import inpainting
 from diffjax.inverse.learned_prior import expectation_maximisation, fit_gaussian
 from diffjax.inverse.measurement import Measurement, gaussian_noise, measurement, poisson_noise
+from diffjax.inverse.motif import motif, one_of, segments
 from diffjax.inverse.nonlinear import hdr, jpeg, nonlinear, phase_retrieval, saturation
 from diffjax.inverse.operators import (
     compressed_sensing,
