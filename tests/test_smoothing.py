@@ -142,6 +142,27 @@ def _smoothed(kernel, h, prior, x):
     return message, source, begin, marginals, kernel.forward(message, x, kernel.noise(jax.random.key(3)))
 
 
+@pytest.mark.paper("Compositionality in algorithms for smoothing")
+def test_marginals_of_an_associative_chain_are_made_by_no_loop():
+    """Of log depth: no scan is left in the program; a known end and observations alone are the plain chain's."""
+    stacked = jax.vmap(lambda phi, beta: linear_gaussian(phi, beta, ROOT))(PHI, BETA)
+    sure = smoothing.Normal(jnp.asarray(MEAN), jnp.zeros((2, 2)), jnp.zeros(()))
+
+    def marginals(kernel, h):
+        return kernel.marginals(kernel.backward(h)[0], sure)
+
+    h = point(np.array([0.5, 1.0]))
+    kernels = [chain(stacked, associative=associative) for associative in (True, False)]
+    found, wanted = (jax.jit(marginals)(kernel, h) for kernel in kernels)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, wanted)
+    texts = [str(jax.make_jaxpr(marginals)(kernel, h)) for kernel in kernels]
+    assert " scan[" not in texts[0] and " scan[" in texts[1]
+    looks = observed(smoothing.quadratic(np.zeros((3, 2, 2))[0], np.ones(2)))
+    looks = chain(jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), looks), associative=True)
+    last, all_ = marginals(looks, smoothing.flat(2))
+    assert np.array_equal(last.mean, MEAN) and all_.mean.shape == (3, 2)
+
+
 def test_a_chain_is_one_kernel_of_its_kind():
     stacked = jax.vmap(_gaussian_link)(PHI[:3], BETA[:3], SCALE[:3], SEEN[:3], Y[:3])
     h = smoothing.quadratic(np.eye(SIZE), np.ones(SIZE), 0.2)

@@ -1,5 +1,7 @@
 """Smoothing by composition: kernels with backward and guided forward maps, guided diffusions, optimal control."""
 
+from diffjax.smoothing.branching import branching as branching
+from diffjax.smoothing.branching import population as population
 from diffjax.smoothing.composition import chain as chain
 from diffjax.smoothing.composition import copies as copies
 from diffjax.smoothing.composition import identity as identity
@@ -20,7 +22,7 @@ from diffjax.smoothing.diffusion import linear_sde as linear_sde
 from diffjax.smoothing.diffusion import linearised as linearised
 from diffjax.smoothing.diffusion import reversed_dynamics as reversed_dynamics
 from diffjax.smoothing.discrete import finite as finite
-from diffjax.smoothing.discrete import gamma as gamma
+from diffjax.smoothing.gamma import gamma as gamma
 from diffjax.smoothing.gaussian import gaussian as gaussian
 from diffjax.smoothing.gaussian import linear_gaussian as linear_gaussian
 from diffjax.smoothing.gaussian import normal_prior as normal_prior

@@ -5,6 +5,7 @@ A kernel is a value with
     backward(h) -> (message, pulled)             h after it, its pull-back before it, and what forward has to know
     forward(message, x, noise) -> Guided         a guided draw and the logarithm of its weight
     push(message, measure) -> measure            the same for measures, where they stay in their class
+    guided(message)                              the kernel that push is of, where such compose (for associative scans)
     noise(key, index)                            the standard normal noise of its ``parts`` kernels, by their number
 
 and so are compositions: backward maps compose backwards, forward maps forwards, and how the kernels are bracketed makes
@@ -79,9 +80,10 @@ def chain(kernel: Any, associative: bool = False) -> Chain:
 
     Args:
         kernel: any kernel from a space to itself, stacked; best made by `jax.vmap` of its factory.
-        associative: pull back by an associative scan, of depth log2 N: linear-Gaussian and finite kernels, observations
-            of their potentials, and sequences of these.  Each is composed with all those after it, first among
-            themselves.  The same up to rounding, where (H and Q being well scaled) nothing cancels.
+        associative: pull back, and push measures forward, by associative scans, of depth log2 N: linear-Gaussian and
+            finite kernels, observations of their potentials, and sequences of these.  Backwards each is composed with
+            all those after it, first among themselves; forwards each guided kernel with all those before it.  The same
+            up to rounding, where (H and Q being well scaled) nothing cancels.
 
     Compositionality in algorithms for smoothing, arXiv:2303.13865.
 
@@ -129,6 +131,10 @@ class Sequential:
 
     def element(self) -> Any:
         return self.first.element().then(self.second.element())
+
+    def guided(self, message: Any) -> Any:
+        first, second = self.first.guided(message[0]), self.second.guided(message[1])
+        return first if second is None else second if first is None else first.then(second)
 
 
 @value
@@ -227,6 +233,9 @@ class Observed:
             raise ValueError("a likelihood outside the potentials' class takes measures out of theirs: draw.")
         return measure
 
+    def guided(self, message: Any) -> None:
+        """Guided, it does nothing: its mass is in the potentials."""
+
     def element(self) -> Affine | Logarithms:
         if isinstance(self.potential, Table):
             logs = self.potential.log_values
@@ -302,6 +311,8 @@ class Chain:
 
     def marginals(self, message: Any, measure: Any) -> tuple[Any, Any]:
         """``(the measure after the last, those after every kernel, stacked)``: smoothing marginals."""
+        if self.associative:
+            return self._composed_marginals(message, measure)
 
         def body(measure: Any, inputs: Any) -> tuple[Any, Any]:
             kernel, message, _ = inputs
@@ -309,6 +320,24 @@ class Chain:
             return after, after
 
         return self.walk(body, measure, message)
+
+    def _composed_marginals(self, message: Any, measure: Any) -> tuple[Any, Any]:
+        messages, last = message
+        found, now = [], measure
+        if messages is not None:
+            kernel = self.kernel if last is None else jax.tree.map(lambda leaf: leaf[:-1], self.kernel)
+            steps = jax.vmap(lambda k, m: k.guided(m))(kernel, messages)
+            if steps is None:  # observations alone
+                steps = jax.tree.leaves(kernel)[0].shape[0]
+                after = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (steps, *jnp.shape(leaf))), measure)
+            else:
+                before = jax.lax.associative_scan(jax.vmap(lambda sooner, later: sooner.then(later)), steps)
+                after = jax.vmap(lambda step: step.push(measure))(before)
+            found, now = [after], at(after, -1)
+        if last is not None:
+            now = at(self.kernel, -1).push(last, now)
+            found.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], now))
+        return now, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
 
     def element(self) -> Any:
         """All of them as one."""

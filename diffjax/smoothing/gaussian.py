@@ -158,6 +158,23 @@ class Affine(NamedTuple):
         )
 
 
+class Moved(NamedTuple):
+    """``N(y; matrix x + shift, covariance)``, what a guided linear-Gaussian kernel is: measures go forward by these."""
+
+    matrix: Array
+    shift: Array
+    covariance: Array
+
+    def then(self, other: Moved) -> Moved:
+        """First this, then the other."""
+        after = other.push(Normal(self.shift, self.covariance, jnp.zeros(())))
+        return Moved(other.matrix @ self.matrix, after.mean, after.covariance)
+
+    def push(self, measure: Normal) -> Normal:
+        covariance = self.matrix @ measure.covariance @ self.matrix.T + self.covariance
+        return Normal(self.matrix @ measure.mean + self.shift, covariance, measure.log_mass)
+
+
 @value
 class LinearGaussian:
     matrix: Array  # (E, D)
@@ -183,11 +200,13 @@ class LinearGaussian:
 
     def push(self, message: Message, measure: Normal) -> Normal:
         """The guided measure after the kernel."""
-        if isinstance(message.target, Point):
-            return Normal(message.target.x, 0.0 * self.scale @ self.scale.T, measure.log_mass)
+        return self.guided(message).push(measure)
+
+    def guided(self, message: Message) -> Moved:
         covariance = self.scale @ self.scale.T
-        matrix, shift, rest = guided_affine(message.target, self.matrix, self.shift, covariance)
-        return Normal(matrix @ measure.mean + shift, matrix @ measure.covariance @ matrix.T + rest, measure.log_mass)
+        if isinstance(message.target, Point):
+            return Moved(0.0 * self.matrix, message.target.x.astype(self.shift.dtype), 0.0 * covariance)
+        return Moved(*guided_affine(message.target, self.matrix, self.shift, covariance))
 
     def element(self) -> Affine:
         source = self.matrix.shape[1]

@@ -6,6 +6,7 @@ A potential is a value: called it is log h(x), ``times`` multiplies two.  A pair
     Quadratic   log h(x) = c + F . x - x . H x / 2, the information form: H = 0, F = 0 is a flat one
     Table       log h(i) of a state i in 0 .. S - 1
     Increment   the density at what is still missing to a known value of a process with Gamma increments
+    Population  prod_j h_j^(n_j) of a population with n_j individuals of type j
     Point       the state is known: a point mass
 """
 
