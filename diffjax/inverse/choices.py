@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from diffjax.corrections.transform import check_within, condition_within, evaluations
 from diffjax.guidance.tilted import tilted
 from diffjax.inverse.measurement import measurement
-from diffjax.inverse.operators import diagonal
+from diffjax.inverse.operators import diagonal, shapes
 from diffjax.inverse.twists import mmps
-from diffjax.levels import Array, Grid, Solver, all_finite, as_value, value
+from diffjax.levels import CLEAN, Array, Grid, Solver, Tree, all_finite, as_value, value
 from diffjax.samplers.sequential import drawn_noise, planned
 from diffjax.samplers.shared import advance, take
 from diffjax.solvers.arguments import number
@@ -45,9 +46,9 @@ def predicted_entropy(predicted: Array, std: Array) -> Array:
 class Acquired(NamedTuple):
     """What an active run gives back."""
 
-    x: Array  # (P, ...) posterior particles
+    x: Tree  # (P, ...) posterior particles
     order: Array  # (K,) int32: the entries in the order in which they were measured
-    seen: Array  # of one sample's shape: 1 where measured
+    seen: Tree  # of one sample's shape: 1 where measured
     nfe: Array
     failed_at: Array
 
@@ -58,7 +59,7 @@ def active(
     solver: Solver,
     grid: Grid,
     reveal: Callable[[Array], Array],
-    shape: tuple[int, ...],
+    shape: Any,
     *,
     std: Array,
     at: tuple[int, ...],
@@ -77,7 +78,7 @@ def active(
         denoise: that does not remember.
         solver, grid: as for `diffjax.sample`; particles start from the prior.
         reveal: ``index -> y``, the noisy value of the entry with this index in the flattened sample (traced).
-        shape: of one sample.
+        shape: of one sample, or a tree of shapes: its entries are numbered as `jax.flatten_util.ravel_pytree` does.
         std: of the measurement's noise, above 0.
         at: the steps of the grid, from 0 and rising: one acquisition each.
         spread: of the entropy's kernel; default std.
@@ -85,16 +86,20 @@ def active(
 
     Returns `Acquired`; the denoiser calls are ``particles (solver.calls N + K)``.
 
+    Under a process with coordinates the entries, as all that is given and returned, are of data; the denoiser is of the
+    standard state.
+
     Active Diffusion Subsampling, arXiv:2406.14388.
 
     Raises ValueError for steps that do not fit, and more acquisitions than entries.
     """
     number("std", std, 1e-12)
-    rising, size = np.asarray(at, np.int64), int(np.prod(shape))
+    process, inside = grid.process, shapes(shape)
+    rising, size = np.asarray(at, np.int64), inside.entries
     if not 1 <= len(at) <= size or min(at) < 0 or max(at) >= len(grid) or np.any(np.diff(rising) <= 0):
         raise ValueError(f"at must rise, from 0 to below {len(grid)}, with at most {size} steps, got {at!r}.")
-    if particles < 2 or grid.process.coordinates is not None:
-        raise ValueError(f"need at least 2 particles and a process without coordinates, got {particles!r}.")
+    if particles < 2:
+        raise ValueError(f"particles must be at least 2, got {particles!r}.")
     spread = std if spread is None else spread
     denoise = as_value(denoise)
     plan = planned(denoise, solver, grid, None, None)
@@ -104,17 +109,19 @@ def active(
     acquire[rising + (count - len(grid))] = True  # rows for starting up stand before the steps
     keys = jax.random.split(key, (particles, 2))
     first = take(rows.t, 0)
-    x = jax.vmap(lambda k: grid.process.standard_prior(k, shape, dtype, first))(keys[:, 0])
+    x = jax.vmap(lambda k: process.standard_prior(k, shape, dtype, first))(keys[:, 0])
+
+    unravel = ravel_pytree(inside.zeros(dtype))[1]
 
     def known(weights: Array, y: Array) -> Any:
-        return tilted(denoise, twist(measurement(diagonal(weights), y, std)))
+        seen = measurement(diagonal(unravel(weights)), unravel(y), std)
+        return tilted(denoise, twist(seen.under(process)))
 
-    def choose(x: Array, weights: Array, y: Array, level: Any) -> tuple[Array, Array, Array]:
-        clean = jax.vmap(lambda x: known(weights, y)(x, level))(x)
+    def choose(x: Tree, weights: Array, y: Array, level: Any) -> tuple[Array, Array, Array]:
+        clean = jax.vmap(lambda x: ravel_pytree(process.leave(known(weights, y)(x, level), CLEAN))[0])(x)
         entropy = jnp.where(weights > 0, -jnp.inf, predicted_entropy(clean, spread))
         index = jnp.argmax(entropy).astype(jnp.int32)
-        flat = lambda a, v: a.reshape(-1).at[index].set(jnp.asarray(v, a.dtype)).reshape(shape)
-        return flat(weights, 1.0), flat(y, reveal(index)), index
+        return weights.at[index].set(1.0), y.at[index].set(jnp.asarray(reveal(index), y.dtype)), index
 
     def body(carry: tuple, given: tuple) -> tuple:
         x, memory, weights, y, failed, nfe = carry
@@ -128,14 +135,16 @@ def active(
 
         x, memory, _, spent = jax.vmap(step)(keys[:, 1], x, memory)
         failed = jnp.where((failed < 0) & ~all_finite(x), index, failed)
-        nfe = nfe + jnp.sum(spent) + particles * now.astype(jnp.int32)
+        nfe = nfe + jnp.sum(spent, dtype=jnp.int32) + particles * now.astype(jnp.int32)
         return (x, memory, weights, y, failed, nfe), chosen
 
-    zero, blank = jnp.zeros((), jnp.int32), jnp.zeros(shape, dtype)
+    zero, blank = jnp.zeros((), jnp.int32), jnp.zeros(size, dtype)
     carry = x, jax.vmap(solver.init)(x), blank, blank, zero - 1, zero
     given = jnp.arange(count, dtype=jnp.int32), rows, jnp.asarray(acquire)
     (x, _, weights, _, failed, nfe), chosen = jax.lax.scan(body, carry, given)
-    return Acquired(x, chosen[np.flatnonzero(acquire)], weights, nfe, failed)
+    last = take(rows.s, -1)
+    x = jax.vmap(lambda x: process.leave(x, last))(x)
+    return Acquired(x, chosen[np.flatnonzero(acquire)], unravel(weights), nfe, failed)
 
 
 class Bandit(NamedTuple):
@@ -202,7 +211,7 @@ def mixed_observation(denoise: Any, seen: Any, variance: Any) -> MixedObservatio
     Args:
         denoise: that does not remember.
         seen: a measurement of a `diagonal` with Gaussian noise.
-        variance: ``level -> v``, a number or an array of the sample's shape, above 0 where sigma > 0.
+        variance: ``level -> v``, a number or a tree like the sample, above 0 where sigma > 0.
 
     Thompson Sampling with Diffusion Generative Prior, arXiv:2301.05182, as an estimate of x_0 (the paper
     mixes the next state, with the observation noised by the predicted noise: the same up to the step's own variance).
@@ -227,10 +236,14 @@ class MixedObservation:
         x0 = self.denoise(x, level)
         v = self.variance(level)
         residual, noise = self.seen.residual(x0), self.seen.variance(x0)
-        mix = lambda clean, w, r, s: (clean + v * w * r / jnp.where(s + v * w**2 > 0, s + v * w**2, 1.0)).astype(
-            x0.dtype
-        )
-        return jax.tree.map(mix, x0, self.seen.operator.weights, residual, noise)
+        if jax.tree.structure(v) != jax.tree.structure(x0):
+            v = jax.tree.map(lambda leaf: v, x0)
+
+        def mix(clean: Array, v: Array, w: Array, r: Array, s: Array) -> Array:
+            total = s + v * w**2
+            return (clean + v * w * r / jnp.where(total > 0, total, 1.0)).astype(clean.dtype)
+
+        return jax.tree.map(mix, x0, v, self.seen.operator.weights, residual, noise)
 
     def evaluations(self, level: Any) -> Any:
         return evaluations(self.denoise, level)

@@ -50,7 +50,7 @@ def enkg(
     denoise: Any,
     measurement: Measurement,
     grid: Grid,
-    shape: tuple[int, ...],
+    shape: Any,
     *,
     solver: Solver | None = None,
     particles: int = 64,
@@ -64,9 +64,13 @@ def enkg(
     which may be any function, is differentiated.  The particles interact, so they are no independent draws, and stay in
     the affine space that the ensemble spans at each step: it should be larger than what y determines.
 
+    Under a process with coordinates the particles are standard states, as with `daps`: what is given and returned is
+    data.  The update commutes with a change of coordinates that is linear.
+
     Args:
         measurement: of any operator; its noise has a variance.
         grid: that starts at alpha > 0.
+        shape: of one sample, or a tree of shapes.
         solver: default ``ddim()``.
         particles: J, at least 2.
         step: of the update; its length does not fall by itself near the measurement.  None is the Kalman gain, which
@@ -77,15 +81,16 @@ def enkg(
 
     Ensemble Kalman Diffusion Guidance: A Derivative-free Method for Inverse Problems, arXiv:2409.20175.
 
-    Raises ValueError for fewer than 2 particles, and a grid from alpha = 0 or with coordinates.
+    Raises ValueError for fewer than 2 particles, and a grid from alpha = 0.
     """
     if step is not None:
         number("step", step)
     if particles < 2:
         raise ValueError(f"particles must be at least 2, got {particles!r}.")
     alpha = np.asarray(grid.t.alpha, np.float64)
-    if alpha.ndim != 1 or not np.all(alpha > 0) or grid.process.coordinates is not None:
-        raise ValueError(f"grid must have one level a step, at alpha > 0, and no coordinates, got {grid.t.alpha!r}.")
+    if alpha.ndim != 1 or not np.all(alpha > 0):
+        raise ValueError(f"grid must have one level a step, at alpha > 0, got {grid.t.alpha!r}.")
+    measurement = measurement.under(grid.process)
     denoise = as_value(denoise)
     plan = planned(denoise, ddim() if solver is None else solver, grid, None, None)
     solver, rows = plan.solver, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), plan.rows)
@@ -97,25 +102,29 @@ def enkg(
     keys = jax.random.split(key, (particles, 2))
     first = take(rows.t, 0)
     x = jax.vmap(lambda k: grid.process.standard_prior(k, shape, dtype, first))(keys[:, 0])
-    y = ravel_pytree(measurement.observed(x[0]))[0]
-    variance = ravel_pytree(measurement.variance(x[0]))[0]
+    one = take(x, 0)
+    unravel = ravel_pytree(one)[1]
+    y = ravel_pytree(measurement.observed(one))[0]
+    variance = ravel_pytree(measurement.variance(one))[0]
 
     def body(carry: tuple, given: tuple) -> tuple:
         x, memory, failed, nfe = carry
         index, row, ahead = given
         ends = jax.vmap(lambda x: _run(key, x, denoise, plans[0].solver, ahead, None, options))(x)
         predicted = jax.vmap(lambda x: ravel_pytree(measurement.operator(x))[0])(ends.x)
-        moved = ensemble_update(x.reshape(particles, -1), predicted, y, variance, step)
-        x = moved.astype(x.dtype).reshape(x.shape)
+        moved = ensemble_update(jax.vmap(lambda x: ravel_pytree(x)[0])(x), predicted, y, variance, step)
+        x = jax.vmap(unravel)(moved.astype(dtype))
 
-        def one(key: Array, x: Array, memory: Any) -> tuple:
+        def forward(key: Array, x: Array, memory: Any) -> tuple:
             return advance(denoise, solver, drawn_noise(None, key, index, row, x, solver.draws), x, memory, row)
 
-        x, memory, _, spent = jax.vmap(one)(keys[:, 1], x, memory)
+        x, memory, _, spent = jax.vmap(forward)(keys[:, 1], x, memory)
         failed = jnp.where((failed < 0) & ~all_finite(x), index, failed)
-        return (x, memory, failed, nfe + jnp.sum(spent) + jnp.sum(ends.nfe)), None
+        return (x, memory, failed, nfe + jnp.sum(spent, dtype=jnp.int32) + jnp.sum(ends.nfe, dtype=jnp.int32)), None
 
     zero = jnp.zeros((), jnp.int32)
     given = jnp.arange(count, dtype=jnp.int32), rows, inner
     (x, _, failed, nfe), _ = jax.lax.scan(body, (x, jax.vmap(solver.init)(x), zero - 1, zero), given)
+    last = take(rows.s, -1)
+    x = jax.vmap(lambda x: grid.process.leave(x, last))(x)
     return Sample(x, nfe, jnp.asarray(count * (solver.calls + steps), jnp.int32), failed, UNSAVED)

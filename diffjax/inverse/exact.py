@@ -19,7 +19,7 @@ import numpy as np
 
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.operators import as_matrix
-from diffjax.levels import Array, Level, is_traced, value
+from diffjax.levels import Array, Level, is_traced, static, value
 from diffjax.oracles.gaussian import Gaussian, gaussian
 from diffjax.oracles.mixture import Mixture, mixture
 
@@ -70,13 +70,15 @@ def exact(prior: Any, measurement: Measurement) -> Exact:
     ``log h = log sum_k r_k(x_t) N(y; A m_k(x_t), A C_k(x_t) A^T + S)`` with the responsibilities, posterior means and
     covariances of the prior's components given x_t.  The tilted denoiser of the exact prior is then that of
     `posterior`.  Arguments and errors are those of `posterior`.
+
+    Under a process with coordinates prior and measurement are of the standard state: ``measurement.under(process)``.
     """
     a, y, noise = _linear_gaussian(prior, measurement)
     if isinstance(prior, Gaussian):
         vectors = None if prior.vectors is None else prior.vectors[None]
         prior = Mixture(np.ones(1), prior.mean[None], prior.variances[None], vectors)
     seen = np.broadcast_to(a, (len(prior.weights), *a.shape)) if prior.vectors is None else a @ prior.vectors
-    return Exact(prior, a, np.array(seen), y, noise)
+    return Exact(prior, a, np.array(seen), y, noise, measurement.of_data)
 
 
 @value
@@ -86,6 +88,7 @@ class Exact:
     seen: Array  # (K, M, D), the matrix in the eigenbasis of each component
     y: Array  # (M,)
     noise: Array  # (M, M)
+    of_data: bool = static()
     factory = "exact"
 
     def __call__(self, denoise: Any, x: Array, level: Level) -> tuple[Array, Array]:

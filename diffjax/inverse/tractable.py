@@ -17,7 +17,7 @@ from diffjax.corrections.transform import Plain, Remembering, transformed
 from diffjax.inverse.exact import posterior
 from diffjax.inverse.measurement import GaussianNoise, Measurement
 from diffjax.inverse.operators import Diagonal, Mask
-from diffjax.levels import Array, Level, is_traced, value
+from diffjax.levels import Array, Level, is_traced, static, value
 from diffjax.oracles.gaussian import Gaussian
 from diffjax.oracles.hidden_markov import HiddenMarkov, Marginals, noised_evidence
 from diffjax.oracles.mixture import Mixture
@@ -45,7 +45,8 @@ def tractable_steering(
         denoise: best one that knows of the measurement too (`replacement`, `tilted`), for the levels after ``until``.
         prior: `oracles.mixture` or `gaussian`, concrete, for any linear operator; or `oracles.hidden_markov`, for a
             `mask` or `diagonal` (whose weights and y may be traced).
-        measurement: with Gaussian noise; 0 is allowed.  None: the prior is conditioned already (`posterior`).
+        measurement: with Gaussian noise; 0 is allowed; under a process with coordinates, prior and measurement are of
+            the standard state.  None: the prior is conditioned already (`posterior`).
         share: a in [0, 1], a number or a function of the level.
         variance: v, the variance of the data that makes the denoiser's r^2; above 0, or an array like a sample.
         until: the half-log-SNR up to which the prior is asked; from there on the estimate is the denoiser's, at its
@@ -72,7 +73,8 @@ def tractable_steering(
         seen = measurement
     else:
         raise ValueError(f"prior must be a mixture, a gaussian or a hidden_markov, got {prior!r}.")
-    return transformed(denoise, Steering(prior, seen, share, variance, until))
+    of_data = measurement is not None and measurement.of_data
+    return transformed(denoise, Steering(prior, seen, share, variance, until, of_data))
 
 
 @value
@@ -82,6 +84,7 @@ class Steering:
     share: Any
     variance: Array
     until: Array
+    of_data: bool = static()
     factory = "tractable_steering"
 
     def __call__(self, x: Array, x0: Array, level: Level) -> Array:
