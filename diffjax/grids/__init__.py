@@ -1,7 +1,7 @@
 """Grids: the sequence of noise levels that a sampler walks."""
 
 from diffjax.grids.changes import resolution_mu, resolution_shift, reverse, shifted, stretched
-from diffjax.grids.gaps import restart, time_travel
+from diffjax.grids.gaps import half_back, restart, time_travel
 from diffjax.grids.progressive import progressive
 from diffjax.grids.ratios import beta, exponential, karras
 from diffjax.grids.spacings import cosine, log_snr, power, quadratic, sigmoid, table, uniform
@@ -11,6 +11,7 @@ __all__ = [
     "beta",
     "cosine",
     "exponential",
+    "half_back",
     "karras",
     "log_snr",
     "pairs",

@@ -86,6 +86,27 @@ def time_travel(grid: Grid, jump: int = 10, repeats: int = 10, inflation: Array 
     return _with_gaps(grid, t, s, inflation, repeats > 1)
 
 
+def half_back(grid: Grid, inflation: Array = 1.0) -> Grid:
+    """Every step goes two levels down, and noise goes one of them back: stochastic sampling of distilled models.
+
+    From ``u_0 > u_1 > .. > u_N`` the steps ``u_i -> u_{i+2}`` for i = 0 .. N - 2, after each of which noise takes the
+    state to u_{i+1}, and ``u_{N-1} -> u_N``: N steps again.  With `ddim` a student makes each of them as
+    `diffjax.training.progressive_distillation` with ``stochastic=True`` trains it.  One step is the grid itself.
+
+    On Distillation of Guided Diffusion Models, arXiv:2210.03142 (N-step stochastic sampling).
+
+    Raises ValueError for a grid with gaps or levels per frame.
+
+    >>> import diffjax
+    >>> out = half_back(diffjax.grids.uniform(diffjax.processes.flow(), 4))
+    >>> out.t.time, out.s.time
+    (array([1.  , 0.75, 0.5 , 0.25]), array([0.5 , 0.25, 0.  , 0.  ]))
+    """
+    grid = _plain(grid)
+    ends = np.minimum(np.arange(len(grid)) + 1, len(grid) - 1)
+    return _with_gaps(grid, grid.t, jax.tree.map(lambda leaf: leaf[ends], grid.s), inflation, len(grid) > 1)
+
+
 def _plain(grid: Grid) -> Grid:
     grid = concrete(grid)
     if grid.gaps or np.ndim(grid.t.alpha) != 1:

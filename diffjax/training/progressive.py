@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax.grids.gaps import half_back
 from diffjax.guidance.distilled import truncated_snr
 from diffjax.guidance.energy import noised
 from diffjax.levels import Array, Grid, Level, Tree, ratio, static, value
@@ -48,6 +49,7 @@ def progressive_distillation(
     grid: Grid,
     *,
     scales: tuple[float, float] | None = None,
+    stochastic: bool = False,
     weighting: Callable[[Level], Array] = truncated_snr,
 ) -> ProgressiveDistillation:
     """The loss ``loss(params, key, x0, condition) -> (B,)`` of a student for ``halved(grid)``.
@@ -63,9 +65,14 @@ def progressive_distillation(
         teacher: ``teacher(condition) -> denoiser``.
         grid: of the teacher, with an even number of steps, down to data or not.
         scales: the lowest and the highest w.
+        stochastic: a student for ``half_back(halved(grid))``, whose steps are two of its levels long and begin at all
+            of them: targets are two of the teacher's steps of one of these levels each, and at the last level one.  The
+            teacher makes steps of that length: a student of the stage before does, and a denoiser that was not
+            distilled makes them by DDIM.  Sampled with `ddim`, which adds the noise of the grid's gaps.
         weighting: ``level -> number``; default max(SNR, 1).
 
-    On Distillation of Guided Diffusion Models, arXiv:2210.03142 (stage two, deterministic).
+    On Distillation of Guided Diffusion Models, arXiv:2210.03142 (stage two; what it does at the last level of the
+    stochastic one is derived here: the teacher has a step of just this length).
     Progressive Distillation for Fast Sampling of Diffusion Models, arXiv:2202.00512, algorithm 2.
 
     Raises ValueError for an odd number of steps, a grid with gaps, and unless the lowest scale is below the highest.
@@ -73,13 +80,24 @@ def progressive_distillation(
     _even(grid)
     if scales is not None and not (len(scales) == 2 and np.all(np.isfinite(scales)) and scales[0] < scales[1]):
         raise ValueError(f"scales must be two finite numbers, the lowest first, got {scales!r}.")
-    return ProgressiveDistillation(prediction, grid, scales, apply, teacher, weighting)
+    return ProgressiveDistillation(prediction, _strides(grid, stochastic), scales, apply, teacher, weighting)
+
+
+def _strides(grid: Grid, stochastic: bool) -> tuple[Level, Level, Level]:
+    """The levels (t, middle, s) of every step of the student."""
+    half = halved(grid)
+    if not stochastic:
+        return half.t, jax.tree.map(lambda leaf: leaf[::2], grid.s), half.s
+    last = len(half) - 1
+    # the last one is one step of the teacher: the first of the two stays where it is
+    middle = jax.tree.map(lambda t, s: np.concatenate([s[:last], t[last:]]), half.t, half.s)
+    return half.t, middle, half_back(half).s
 
 
 @value
 class ProgressiveDistillation:
     prediction: Prediction
-    grid: Grid
+    strides: tuple[Level, Level, Level]
     scales: Any
     apply: Callable = static()
     teacher: Callable = static()
@@ -90,10 +108,9 @@ class ProgressiveDistillation:
         process, count = self.prediction.process, jax.tree.leaves(x0)[0].shape[0]
         kind = jnp.result_type(*jax.tree.leaves(x0))
         order, drawn, scale_key = jax.random.split(key, 3)
-        steps = len(self.grid) // 2
+        steps = len(self.strides[0].time)
         index = jax.random.permutation(order, count) % steps  # as many samples for every step
-        level = lambda levels, first: jax.tree.map(lambda leaf: jnp.asarray(leaf, kind)[first::2][index], levels)
-        t, middle, s = level(self.grid.t, 0), level(self.grid.s, 0), level(self.grid.s, 1)
+        t, middle, s = jax.tree.map(lambda leaf: jnp.asarray(leaf, kind)[index], self.strides)
         x = jax.vmap(noised, (None, 0, 0, 0))(process, jax.random.split(drawn, count), x0, t)
         if self.scales is not None:
             low, high = self.scales
@@ -132,7 +149,7 @@ def halvings(
         params: with which the first student begins (those of its teacher, where it is the same network).
         teacher: the first, ``condition -> denoiser``; ``grid`` its own.
         fit: ``fit(key, params, loss) -> params``, training of any kind.
-        options: scales and weighting of `progressive_distillation`.
+        options: scales, stochastic and weighting of `progressive_distillation`.
 
     Returns a `Stage` for each: sample with ``prediction.decode(apply, params, condition)``, `ddim` and its grid.
 
@@ -146,7 +163,7 @@ def halvings(
     for stage in range(stages):
         loss = progressive_distillation(prediction, apply, teacher, grid, **options)
         params, grid = fit(jax.random.fold_in(key, stage), params, loss), halved(grid)
-        found.append(Stage(params, grid))
+        found.append(Stage(params, half_back(grid) if options.get("stochastic") else grid))
         teacher = lambda condition, params=params: prediction.decode(apply, params, condition)
     return found
 
