@@ -205,7 +205,9 @@ def mmps(measurement: Measurement, solver: str = "auto", iterations: int = 10, p
     """Moment matching posterior sampling: ``C = sigma^2 / alpha J^T``, all of the denoiser's Jacobian.
 
     Exact for Gaussian data, with nothing to set; the default twist for linear operators.  One denoiser call, and one
-    vector-Jacobian product per measurement ("dense") or iteration.
+    vector-Jacobian product per measurement ("dense") or iteration.  A network's J^T is not quite symmetric and may have
+    negative eigenvalues, and then an exact solution lets some draws explode: with a network of digits, half of whose
+    pixels are seen, draws are off by 0.29 (root mean square) with one iteration of cg or 5 of gmres, 1.8 with 3 of cg.
 
     Learning Diffusion Priors from Observations by Expectation Maximization, arXiv:2405.13712, section 4.2.
 
