@@ -29,10 +29,12 @@ from experiments import (
     _run,
     _solvers,
     baselines,
+    corrupted,
     digits,
     inverse,
     mixture,
     processes,
+    reflection,
     solvers,
 )
 from experiments._marginals import gaussian_panels
@@ -385,6 +387,53 @@ def check_guidance(folder, result, output):
     assert np.all(np.isfinite(list(result["fractal"]["w2"].values())))
     for picture in ("curves", "probe", "classifier", "noise", "fractal"):
         assert (folder / f"{picture}.png").stat().st_size > 5000
+
+
+def check_reflection(folder, result, output):
+    """Success by number of samples, which does not fall, and pictures."""
+    assert set(result["success"]) == {"best of n, base model", "best of n, told nothing", "reflection"}
+    assert all(len(rate) == 3 and np.all(np.diff(rate) >= 0) for rate in result["success"].values())
+    assert set(result["evaluations a wish"].values()) == {6.0}  # three samples of two steps
+    for picture in ("success", "rounds"):
+        assert (folder / f"{picture}.png").stat().st_size > 5000
+
+
+def test_the_judge_of_reflection_sees_what_is_there():
+    """Canvases of real digits: their attributes; words and rewards of four wishes; the best listener by enumeration."""
+    real = digits.held_out_digits(None)[1]
+    see = reflection.attributes(real)
+    look = jax.jit(jax.vmap(lambda x, *parts: see(reflection.canvas(x, *parts))))
+    parts = np.random.default_rng(0).integers(0, 3, (3, 40))
+    found = np.asarray(look(jnp.asarray(real.images[:40]), *map(jnp.asarray, parts)))
+    np.testing.assert_array_equal(found, np.stack([real.labels[:40], *parts], 1))
+    wishes = [[3, 1, 1, 1], [3, 0, 2, 1], [4, 1, 1, 2]]
+    words, rewards = zip(*(reflection.said(jnp.array([3, 1, 1, 1]), jnp.array(wish)) for wish in wishes), strict=True)
+    assert np.asarray(words).tolist() == [[0, 0, 0, 0], [0, 2, 1, 0], [3, 0, 0, 1]]
+    assert np.asarray(rewards).tolist() == [0, -2, -4]
+    # of three values in a row: right at once 1/3; at the second guess 1 - P(two are left, and the other one it is)
+    np.testing.assert_allclose(reflection.best_listener(3), [1 / 27, (7 / 9) ** 3, 1])
+
+
+def check_corrupted(folder, result, output):
+    """A distance and an error for every round, and the references."""
+    (each,) = result["kinds"].values()
+    assert len(each["distance"]) == len(each["error"]) == 3 and np.all(np.isfinite(each["distance"]))
+    assert 0 < result["references"]["floor"] < each["distance"][-1]
+    for picture in ("rounds", "samples"):
+        assert (folder / f"{picture}.png").stat().st_size > 5000
+
+
+def test_what_is_seen_of_corrupted_digits():
+    """As many numbers as were asked for, with their noise, other ones for every digit."""
+    options = corrupted.Options()
+    x = np.random.default_rng(0).uniform(-1, 1, (64, 64)).astype(np.float32)
+    for kind, count in (("masks", 32), ("projections", 24)):
+        seen, back = corrupted.observed(options, kind, jnp.asarray(x), jax.random.key(0))
+        measured = jax.vmap(seen)(jnp.arange(64))
+        residual = np.asarray(jax.vmap(lambda m, x: m.residual(x))(measured, jnp.asarray(x)))
+        used = residual[residual != 0]
+        assert len(used) == 64 * count and abs(used.std() / options.noise - 1) < 4 / np.sqrt(2 * len(used))
+        assert np.linalg.matrix_rank(np.asarray(back)) == 64  # one subspace of 24 for all would leave it at 24
 
 
 def _enumerated(beta, fields):
