@@ -15,6 +15,7 @@ from diffjax.inverse.estimates import diffpir, ilvr, null_space, replacement
 from diffjax.inverse.exact import evidence, exact, posterior
 from diffjax.inverse.filters import conjugate, fps, mcgdiff
 from diffjax.inverse.forward_models import draw_signal, signal, through
+from diffjax.inverse.gradient_steps import dps, flowchef, mcg
 from diffjax.inverse.images import blur, colourisation, downsample, fourier, gaussian_kernel, radon
 from diffjax.inverse.inpainting import inpainting
 from diffjax.inverse.learned_prior import expectation_maximisation, fit_gaussian
@@ -36,7 +37,7 @@ from diffjax.inverse.prompt_tuning import p2l
 from diffjax.inverse.self_supervised import dds2m, deep_prior, spatio_spectral
 from diffjax.inverse.source import d_flow
 from diffjax.inverse.splitting import daps, pnp_dm
-from diffjax.inverse.steps import ddnm, ddrm, dps, flowchef, lanpaint, mcg
+from diffjax.inverse.steps import ddnm, ddrm, lanpaint
 from diffjax.inverse.tractable import tractable_steering
 from diffjax.inverse.twists import lgd, likelihood, mmps, noised, pigdm, tmpd
 from diffjax.inverse.variational import adam, red_diff

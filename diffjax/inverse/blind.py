@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.corrections import transform
+from diffjax.inverse.gradient_steps import GradientStep
 from diffjax.inverse.images import blur
 from diffjax.inverse.measurement import Measurement
 from diffjax.inverse.nonlinear import Nonlinear, nonlinear
-from diffjax.inverse.steps import GradientStep
 from diffjax.levels import Array, Level, Solver, Tree, as_value, is_traced, remembers, static, value
 from diffjax.solvers.arguments import number
 
