@@ -94,6 +94,7 @@ def chain_law(solver, grid):
 
 
 @pytest.mark.paper("Practical and Asymptotically Exact Conditional Sampling in Diffusion Models")
+@pytest.mark.slow
 def test_particles_approach_the_posterior_over_placements():
     """TDS with an approximate twist: unbiased evidence, the posterior mean, errors falling as 1 / sqrt N."""
     grid, solver = grids.log_snr(VP, 20), solvers.ddim(eta=1.0)
@@ -102,7 +103,7 @@ def test_particles_approach_the_posterior_over_placements():
     options: Any = dict(twist=twist, dtype=jnp.float64)
     mean = np.einsum("k,krd->rd", np.asarray(posterior.weights), np.asarray(posterior.means))
     errors = {}
-    for particles, runs in ((8, 160), (128, 40)):
+    for particles, runs in ((8, 120), (128, 24)):
         run = lambda key, particles=particles: steer(key, PRIOR, solver, grid, SHAPE, particles=particles, **options)
         out = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(particles), runs))
         assert (out.failed_at == -1).all() and (out.nfe == particles * len(grid)).all()

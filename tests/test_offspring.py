@@ -111,6 +111,7 @@ def _chi_square(law, found, draws):
     assert scipy.stats.chi2(len(terms) - 1).sf(sum(terms)) > 1e-4
 
 
+@pytest.mark.slow
 def test_surrogates_and_observations_of_the_whole_are_weighed():
     """Another pull-back, and a count of all individuals, which is no product over them: unbiased."""
     rate, total = 0.8, 3
@@ -120,9 +121,9 @@ def test_surrogates_and_observations_of_the_whole_are_weighed():
     kernel, nothing = forest(blurred, log_likelihood), population(np.zeros(2))
     exact = sum(enumerated(poisson).values())
     run = jax.jit(jax.vmap(lambda key: smoothing.smooth(key, kernel, nothing, jnp.asarray(ROOT)).log_weight))
-    z = np.exp(run(jax.random.split(jax.random.key(1), 16_000)))
+    z = np.exp(run(jax.random.split(jax.random.key(1), 6000)))
     assert z.std() > 0.05 * z.mean()
-    assert abs(z.mean() - exact) < 4 * z.std() / np.sqrt(len(z)) < 0.06 * exact
+    assert abs(z.mean() - exact) < 4 * z.std() / np.sqrt(len(z)) < 0.1 * exact
 
 
 def test_extinction_is_an_iterated_generating_function():
@@ -140,7 +141,7 @@ def test_extinction_is_an_iterated_generating_function():
 
 
 def test_multinomial_quantiles():
-    shares, draws = np.array([0.2, 0.0, 0.5, 0.3]), 5000
+    shares, draws = np.array([0.2, 0.0, 0.5, 0.3]), 2000
     noise = jax.random.normal(jax.random.key(2), (draws, 3))
     found = np.asarray(jax.jit(jax.vmap(lambda z: multinomial(z, 7, shares)))(noise))
     assert (found.sum(1) == 7).all() and (found[:, 1] == 0).all()
@@ -148,7 +149,7 @@ def test_multinomial_quantiles():
         counts = np.bincount(found[:, k].astype(int), minlength=8)
         expected = draws * scipy.stats.binom(7, shares[k]).pmf(np.arange(8))
         assert np.sum((counts - expected) ** 2 / expected) < 35
-    assert abs(np.cov(found.T)[0, 2] + 7 * 0.2 * 0.5) < 0.08
+    assert abs(np.cov(found.T)[0, 2] + 7 * 0.2 * 0.5) < 0.13
 
 
 # --- Gamma increments -------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def test_kummers_function_and_its_derivatives():
 @pytest.mark.paper("Automatic Backward Filtering Forward Guiding for Markov processes and graphical models")
 def test_gamma_bridges_of_another_rate_are_tilted_beta_laws():
     """One step: the exact (k h)(x), whatever is drawn, and the law of the draw; large and small tilts of both signs."""
-    a, c, draws = 1.3, 0.8, 800
+    a, c, draws = 1.3, 0.8, 400
     noise = jax.random.normal(jax.random.key(0), (draws, 2))
     draw = jax.jit(jax.vmap(lambda z, t: tilted_beta(z, a, c, t), (0, None)))
     grid = np.linspace(0, 1, 4001) ** 2  # close to both ends

@@ -60,7 +60,7 @@ def kernel():
     return jax.jit(jax.vmap(jax.value_and_grad(log), (0, None)))
 
 
-@pytest.mark.parametrize("t", [0.02, 0.2, 0.999999, 1.000001, 4.0])
+@pytest.mark.parametrize("t", [0.02, 0.999999, 1.000001, 4.0])
 def test_the_kernel_is_the_series_and_the_wrapped_sum_is_it_too(kernel, t):
     angle = np.linspace(0.01, np.pi, 50)
     log, slope = (np.asarray(leaf) for leaf in kernel(angle, t))
@@ -137,7 +137,7 @@ def test_draws_have_the_angles_and_axes_of_the_kernel(t):
         np.testing.assert_allclose(scipy.integrate.quad(density, 1e-12, end, limit=200)[0], share, atol=1e-7)
     if t == 0.3:
         draw = jax.jit(jax.vmap(lambda key: SO3.log(TOWARDS, SO3.noised(key, jnp.asarray(TOWARDS), t))))
-        v = np.asarray(draw(jax.random.split(jax.random.key(0), 3000)))
+        v = np.asarray(draw(jax.random.split(jax.random.key(0), 1000)))
         size = np.linalg.norm(v, axis=1)
         grid = np.linspace(1e-9, np.pi, 2000)
         law = scipy.integrate.cumulative_trapezoid((1 - np.cos(grid)) / np.pi * by_series(grid, t), grid, initial=0)
@@ -146,9 +146,9 @@ def test_draws_have_the_angles_and_axes_of_the_kernel(t):
             assert scipy.stats.kstest(height, scipy.stats.uniform(-1, 2).cdf).pvalue > 1e-4
         # an entry's mean falls as exp(-t): uniform draws have none
         cosines = 1 + 2 * np.cos(size)
-        assert abs(cosines.mean() - 3 * np.exp(-t)) < 4 * cosines.std() / 3000**0.5
-        free = np.asarray(jax.vmap(lambda key: SO3.uniform(key, float))(jax.random.split(jax.random.key(1), 3000)))
-        assert (np.abs(free.mean(0)) < 4 * np.sqrt(1 / 3 / 3000)).all()
+        assert abs(cosines.mean() - 3 * np.exp(-t)) < 4 * cosines.std() / 1000**0.5
+        free = np.asarray(jax.vmap(lambda key: SO3.uniform(key, float))(jax.random.split(jax.random.key(1), 1000)))
+        assert (np.abs(free.mean(0)) < 4 * np.sqrt(1 / 3 / 1000)).all()
 
 
 @value
@@ -163,6 +163,7 @@ class Twist:
 
 
 @pytest.mark.paper("Practical and Asymptotically Exact Conditional Sampling in Diffusion Models")
+@pytest.mark.slow
 def test_twisted_walks_have_the_posterior():
     """Riemannian TDS on SO(3): evidence and mean rotation by quadrature, and more effective than without a twist."""
     density = np.asarray(jax.jit(jax.vmap(LAW.log_density))(jnp.asarray(POINTS)))
@@ -199,7 +200,7 @@ def test_a_twisted_step_against_densities_of_tangent_vectors():
     x, depth = jnp.asarray(POINTS[123]), 15
     t, s = VARIANCES[depth - 1 : depth + 1]
     step = jax.jit(jax.vmap(walk.twisted(lead, 0.7), (0, None, None)))
-    new, ratio = (np.asarray(leaf) for leaf in step(jax.random.split(jax.random.key(3), 3000), x, depth))
+    new, ratio = (np.asarray(leaf) for leaf in step(jax.random.split(jax.random.key(3), 600), x, depth))
     v = (Rotation.from_matrix(POINTS[123]).inv() * Rotation.from_matrix(new)).as_rotvec()
     turn = lambda e: (Rotation.from_matrix(POINTS[123]) * Rotation.from_rotvec(1e-5 * e)).as_matrix()
     slope = lambda f: np.array([(f(jnp.asarray(turn(e))) - f(jnp.asarray(turn(-e)))) / 2e-5 for e in np.eye(3)])
