@@ -281,6 +281,33 @@ def test_ddnm_and_ddrm_are_their_formulas(noise, x64):
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.85, 1.0])
+def test_ddnm_adds_up_the_one_noise_of_y(eta, x64):
+    """Of N(0, 1) and a singular value far below the noise: what y's noise does to the end, by the scalar recursion."""
+    d, noise, prior, ends = 1e-3, 0.1, oracles.gaussian(np.zeros(1), 1.0), {}
+    for steps in (12, 48):
+        grid, brought = grids.log_snr(PROCESS, steps, start=0.96, stop=0.02), 0.0
+        for i in range(steps - 1):
+            t, s = (PROCESS.level(float(np.asarray(levels.time)[i])) for levels in (grid.t, grid.s))
+            std = s.sigma * np.sqrt(1 - np.exp(2 * (t.half_log_snr - s.half_log_snr)))
+            k = np.sqrt(s.sigma**2 - std**2) / t.sigma
+            a = s.alpha - t.alpha * k
+            share = np.sqrt(1 - eta**2) * std * d / (a * noise)
+            kept = k + a * (1 - share) * t.alpha / (t.alpha**2 + t.sigma**2)
+            brought = kept * brought + a * share * noise / d
+        last = grid.t.alpha[-1] / (grid.t.alpha[-1] ** 2 + grid.t.sigma[-1] ** 2)  # to the data
+
+        def end(y, grid=grid):
+            seen = inverse.measurement(inverse.matrix(np.array([[d]])), y[None], noise)
+            solver = inverse.ddnm(solvers.ancestral(), seen, eta)
+            return sample(jax.random.key(0), prior, solver, grid, shape=(1,), dtype=float).x[0]
+
+        found = jnp.diff(jax.vmap(end)(jnp.array([0.0, noise])))[0]
+        np.testing.assert_allclose(found, last * brought, rtol=1e-9, atol=1e-12)
+        ends[steps] = float(found)
+    assert ends[48] > 1.8 * ends[12] > 1.8 if eta < 1 else ends == {12: 0.0, 48: 0.0}
+
+
 def test_proximal_estimates_are_their_closed_forms(x64):
     """DiffPIR's by a dense solve, with noise per entry (conjugate gradients) and without; damping of the null space."""
     level, x = PROCESS.level(0.4), jnp.asarray(X)
