@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,13 +17,15 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 import diffjax
-from diffjax import corrections, data, inverse, networks, oracles, training
+from diffjax import data, inverse, networks, oracles, training
+from diffjax.corrections import patchwise
 from diffjax.levels import Array
 from experiments import _run
 
 PROCESS = diffjax.processes.flow()
 NAMES = ("china.jpg", "flower.jpg")
 SPLIT, GAP = 200, 8  # columns to learn from, and columns between these and the others
+NOISE = 0.02  # of what is measured; the largest singular values are about 1
 CORNERS = ((96, 268), (72, 208))  # of the crops to restore, in the other columns: where there is most to see
 
 
@@ -94,12 +95,10 @@ def fitted_mixture(side: int, components: int, count: int, seed: int) -> dict[st
     return {"weights": law.weights_, "means": law.means_, "covariances": law.covariances_}
 
 
-def mixture_prior(fitted: dict[str, np.ndarray], side: int, stride: int) -> Any:
-    """The denoiser of images whose patches have that mixture's law."""
-    means = fitted["means"].reshape(-1, side, side, 1)
-    law = oracles.mixture(fitted["weights"], means, fitted["covariances"])
-    law = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), law)
-    return corrections.patchwise(law, side, stride)
+def mixture(fitted: dict[str, np.ndarray], side: int) -> Any:
+    """The law of patches (side, side, 1)."""
+    law = oracles.mixture(fitted["weights"], fitted["means"].reshape(-1, side, side, 1), fitted["covariances"])
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), law)
 
 
 def trained(run: _run.Run, side: int, channels: tuple[int, ...], steps: int, batch: int, seed: int) -> tuple[Any, Any]:
@@ -120,7 +119,7 @@ def trained(run: _run.Run, side: int, channels: tuple[int, ...], steps: int, bat
 
 def network_prior(apply: Any, params: Any, side: int, stride: int) -> Any:
     """The denoiser of images whose patches the network knows."""
-    return corrections.patchwise(diffjax.predictions.flow(PROCESS).decode(apply, params), side, stride)
+    return patchwise(diffjax.predictions.flow(PROCESS).decode(apply, params), side, stride)
 
 
 # --- what is to be restored ---------------------------------------------------------------------------------------
@@ -130,7 +129,7 @@ class Restoration(NamedTuple):
     """An operator, its noise, a picture of what is measured, and what is done without a prior that is learned."""
 
     operator: Any
-    firm: Any  # without singular values of less than 0.03, for methods that divide by them
+    firm: Any  # without singular values below the noise, for methods that divide by them
     std: float
     shown: Callable[[np.ndarray], np.ndarray]  # y -> (H, W), NaN where nothing is known
     classical: Callable[[np.ndarray], np.ndarray]  # y -> (H, W)
@@ -154,7 +153,7 @@ def restorations(side: int, seed: int) -> dict[str, Restoration]:
         waves = 2 - 2 * np.cos(2 * np.pi * np.fft.fftfreq(side))
         laplacian = waves[:, None] + waves
         # the curvature of these photographs has a standard deviation of about a tenth of their range
-        weight = (0.02 / 0.2) ** 2
+        weight = (NOISE / 0.2) ** 2
         filtered = np.conj(transfer) * np.fft.fft2(y[..., 0]) / (np.abs(transfer) ** 2 + weight * laplacian**2)
         return np.fft.ifft2(filtered).real
 
@@ -167,18 +166,14 @@ def restorations(side: int, seed: int) -> dict[str, Restoration]:
         found[rows, columns] = y
         return found
 
-    def firm(operator: Any) -> Any:
-        """In float32 a Fourier transform's rounding over a singular value of 1e-9 would be all that is seen."""
-        kept = np.hypot(operator.real, operator.imaginary) >= 0.03
-        return dataclasses.replace(operator, real=kept * operator.real, imaginary=kept * operator.imaginary)
-
-    blur, downsample, mask = inverse.blur(kernel, shape), inverse.downsample(2, shape), inverse.mask(keep)
+    blur, firm = (inverse.blur(kernel, shape, cutoff) for cutoff in (0.0, NOISE))
+    downsample, mask = inverse.downsample(2, shape), inverse.mask(keep)
     cubic = lambda y: np.asarray(scipy.ndimage.zoom(y[..., 0], 2, order=3, mode="nearest", grid_mode=True))
     plain = lambda y: y[..., 0]
     return {
-        "deblurring": Restoration(blur, firm(blur), 0.02, plain, tikhonov, "Tikhonov"),
-        "2x super-resolution": Restoration(downsample, downsample, 0.02, plain, cubic, "cubic spline"),
-        "inpainting": Restoration(mask, mask, 0.02, scattered, interpolated, "cubic interpolation"),
+        "deblurring": Restoration(blur, firm, NOISE, plain, tikhonov, "Tikhonov"),
+        "2x super-resolution": Restoration(downsample, downsample, NOISE, plain, cubic, "cubic spline"),
+        "inpainting": Restoration(mask, mask, NOISE, scattered, interpolated, "cubic interpolation"),
     }
 
 

@@ -14,15 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import diffjax
-from diffjax import guidance, training
+from diffjax import guidance, networks, training
 from diffjax.catalogue import catalogue
 from diffjax.solvers import ddim
 from experiments import __main__ as listing
 from experiments import (
+    _convolutions,
     _guided_digits,
-    _inverse,
+    _inverse_choices,
+    _inverse_digits,
+    _inverse_methods,
+    _inverse_photographs,
+    _inverse_problems,
     _ising,
     _lorenz,
     _photographs,
@@ -220,7 +226,10 @@ def check_inverse(folder, result, output):
     assert stored["digits"]["linear"]["gaussian"]["without a box"]["psnr"] > 12
     assert set(stored["photographs"]["inpainting"]) == {"cubic interpolation", "ddrm, mixture", "ddrm, network"}
     assert stored["photographs"]["inpainting"]["cubic interpolation"]["psnr"] > 15
-    assert stored["pixels"] == stored["noise"] == {}  # not asked for; the next test has them
+    assert set(stored["photographs"][_inverse_photographs.OWN]) == {"exact posterior", "ddrm"}
+    assert (
+        stored["pixels"] == stored["noise"] == stored["trained"] == {}
+    )  # not asked for; the next test has two of them
     assert stored["intervals"]["rcps risk"] <= 1 and stored["intervals"]["k_rcps length"] >= 0
     for picture in ("digits", "methods", "calibration", "photographs", "choices"):
         assert (folder / f"{picture}.png").stat().st_size > 5000
@@ -231,26 +240,26 @@ def test_choices_and_operators_that_are_not_linear(monkeypatch):
     """With the exact denoiser of a Gaussian: measured pixels become known, and what is hidden is filled in."""
     _, real, held_out = digits.held_out_digits(None)
     law = diffjax.oracles.wiener(real.images)
-    monkeypatch.setattr(inverse, "prior", lambda model, params: law)
+    monkeypatch.setattr(_inverse_digits, "prior", lambda model, params: law)
     model: Any = SimpleNamespace(params=())
     options = inverse.Options(pixels=(2, 10), draws=3, images=2)
     variances = real.images.var(0)
-    s = _inverse.setting(digits.PROCESS, 10, float(np.mean(variances)), 3)
+    s = _inverse_methods.setting(digits.PROCESS, 10, float(np.mean(variances)), 3)
     truth, key = held_out.images[:2], jax.random.key(0)
-    found = inverse.chosen_pixels(options, model, truth, variances, s, key)
+    found = _inverse_choices.chosen_pixels(options, model, truth, variances, s, key)
     for order, samples in zip(found["orders"].values(), found["samples"], strict=True):
         assert all(len(set(row)) == 10 for row in order.tolist())
         error = np.abs(samples - truth[:, None]).reshape(2, 2, 3, 64)
         for i, row in enumerate(order):
             assert np.max(error[1, i, :, row]) < 6 * 0.05 * np.sqrt(2)  # noise of the measurement and of the draw
         assert np.mean(error[1] ** 2) < np.mean(error[0] ** 2)
-    filled = inverse.inpainted_by_noise(options, model, truth, s, key)
+    filled = _inverse_choices.inpainted_by_noise(options, model, truth, s, key)
     for each in filled.values():
         error = np.square(each["samples"] - truth[:, None]).mean((0, 1))
-        assert np.mean(error[inverse.HIDDEN]) < np.mean(variances[inverse.HIDDEN])
-    groups = inverse.problems(options, truth)
+        assert np.mean(error[_inverse_choices.HIDDEN]) < np.mean(variances[_inverse_choices.HIDDEN])
+    groups = _inverse_problems.problems(truth, options.std, options.seed)
     for group in ("nonlinear", "counts"):
-        samples = inverse.solved(_inverse.ANY["dps"], groups[group], model, s, key)["samples"]
+        samples = _inverse_digits.solved(_inverse_methods.ANY["dps"], groups[group], model, s, key)["samples"]
         assert samples.shape == (len(groups[group]), 2, 3, 8, 8, 1)
         assert np.mean((samples.mean(2) - truth) ** 2) < np.mean(variances)
 
@@ -260,7 +269,7 @@ def test_samples_that_are_not_finite_are_counted():
     truth = rng.uniform(-1, 1, (2, 8, 8, 1))
     samples = np.clip(truth[:, None] + 0.1 * rng.normal(size=(2, 4, 8, 8, 1)), -1, 1)
     judge: Any = lambda images: (None, images.reshape(len(images), -1)[:, :5] + 2)
-    score = lambda samples: inverse.scores(samples, truth, judge, np.ones((8, 8, 1), bool))
+    score = lambda samples: _inverse_digits.scores(samples, truth, judge, np.ones((8, 8, 1), bool))
     whole = score(samples)
     assert whole["failed"] == 0
     assert whole["psnr"] == pytest.approx(
@@ -272,26 +281,88 @@ def test_samples_that_are_not_finite_are_counted():
     left = score(broken)
     assert left["failed"] == pytest.approx(7 / 8)
     assert left["psnr"] == pytest.approx(-10 * np.log10(np.mean((samples[0, 0] - truth[0]) ** 2) / 4))
-    assert score(np.full_like(samples, np.nan)) == dict.fromkeys(inverse.COLUMNS) | {"failed": 1.0}
+    nothing = dict.fromkeys(_inverse_digits.COLUMNS) | {"failed": 1.0, "each": [None, None]}
+    assert score(np.full_like(samples, np.nan)) == nothing
+
+
+def test_quick_convolutions_have_the_same_values_and_gradients(x64):
+    """Of input and kernel, also where they fall back, and in a network."""
+    rng = np.random.default_rng(0)
+    x, kernel = jnp.asarray(rng.normal(size=(2, 6, 5, 3))), jnp.asarray(rng.normal(size=(3, 3, 3, 4)))
+    given = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    for strides, weights in (((1, 1), kernel), ((2, 2), kernel), ((1, 1), kernel[:2, :2])):
+        both = [
+            jax.value_and_grad(lambda x, w, f=f, s=strides: jnp.sum(jnp.sin(f(x, w, s, "SAME", **given))), (0, 1))(
+                x, weights
+            )
+            for f in (jax.lax.conv_general_dilated, _convolutions.convolution)
+        ]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), *both)
+    apply, params = networks.functional(networks.UNet((8, 8, 1), channels=(8,), blocks=1, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    quick = _convolutions.quick(apply)
+    assert quick != apply and quick == _convolutions.quick(apply)
+    image = jnp.asarray(rng.normal(size=(8, 8, 1)), jnp.float32)
+    functions: list[Any] = [apply, quick]
+    for f in functions:
+        assert np.any(jax.grad(lambda x, f=f: jnp.vdot(x, f(params, x, 0.5)))(image))
+    np.testing.assert_allclose(quick(params, image, 0.5), apply(params, image, 0.5), rtol=1e-6)
+
+
+def test_errors_are_over_digits_and_gains_are_paired():
+    rows = {
+        name: {"psnr": np.mean(each), "each": each}
+        for name, each in {"a": [1.0, 2.0, 6.0], "b": [3.0, 4.0, 8.0]}.items()
+    }
+    base = {name: {"psnr": row["psnr"] - 1, "each": [value - 1 for value in row["each"]]} for name, row in rows.items()}
+    assert _inverse_digits.standard_error(rows) == pytest.approx(np.std([2, 3, 7], ddof=1) / np.sqrt(3))
+    assert _inverse_digits.gain(rows, base) == pytest.approx(1.0)
+    assert _inverse_digits.standard_error(rows, base) == pytest.approx(0.0, abs=1e-12)
+    rows["a"]["each"] = [1.0, None, 6.0]  # all samples of a digit failed: it is left out
+    assert _inverse_digits.standard_error(rows) == pytest.approx(np.std([2, 7], ddof=1) / np.sqrt(2))
 
 
 def test_measurements_in_one_form_are_those_of_their_operators():
     """Zeros at the end change no likelihood but by a constant, and the baseline is the exact posterior."""
     image = np.random.default_rng(0).uniform(-1, 1, (1, 8, 8, 1)).astype(np.float32)
-    for a in _inverse.linear_operators(0).values():
+    for a in _inverse_problems.linear_operators(0).values():
         assert np.linalg.norm(a, 2) == pytest.approx(1)
-        problem = _inverse.linear_problem(a, image, 0.05, 1)
+        problem = _inverse_problems.linear_problem(a, image, 0.05, 1)
         seen = jax.tree.map(lambda leaf: leaf[0], problem.seen)
         y = np.asarray(seen.y, np.float64)
         if len(a) <= 64:
             np.testing.assert_allclose(seen.operator(jnp.asarray(image[0]))[: len(a)], a @ image.ravel(), atol=1e-5)
             assert not np.any(y[len(a) :])
     law = diffjax.oracles.wiener(np.random.default_rng(1).normal(size=(100, 8, 8, 1)))
-    exact = diffjax.inverse.posterior(law, seen)
-    draws = _inverse.gaussian_draws(law, problem, 4000, 0)[0].reshape(4000, 64)
-    deviation = np.sqrt(np.sum(exact.vectors**2 * exact.variances, axis=1))
-    assert np.all(np.abs(draws.mean(0) - exact.mean.ravel()) < 5 * deviation / np.sqrt(4000) + 1e-5)
+    a = np.asarray(seen.operator.entries, np.float64)
+    covariance = np.asarray(law.vectors) * law.variances @ np.asarray(law.vectors).T
+    gain = covariance @ a.T @ np.linalg.inv(a @ covariance @ a.T + 0.05**2 * np.eye(64))
+    mean = law.mean.ravel() + gain @ (y - a @ law.mean.ravel())
+    deviation = np.sqrt(np.diag(covariance - gain @ a @ covariance))
+    draws = _inverse_digits.gaussian(law, {"": problem}, 4000, jax.random.key(0))["samples"].reshape(4000, 64)
+    assert np.all(np.abs(draws.mean(0) - mean) < 5 * deviation / np.sqrt(4000) + 1e-5)
     np.testing.assert_allclose(draws.std(0), deviation, rtol=5 / np.sqrt(2 * 4000))
+
+
+def test_own_images_have_the_exact_posterior_of_their_patches():
+    """Draws are those of the Gaussian that a patch is given what is seen of it; what is seen is known up to noise."""
+    side, task = 16, _photographs.restorations(16, 0)["inpainting"]
+    root = np.random.default_rng(0).normal(size=(64, 64)) / 8
+    covariance = root @ root.T + 0.1 * np.eye(64)
+    law = diffjax.oracles.mixture([1.0], np.zeros((1, 8, 8, 1)), covariance[None])
+    truth = _inverse_photographs.own_images(law, 1, side, jax.random.key(0))
+    np.testing.assert_array_equal(_inverse_photographs.tiled(_inverse_photographs.cut(truth[0]), side), truth[0])
+    np.testing.assert_array_equal(_inverse_photographs.cut(truth[0])[1, ..., 0], truth[0, :8, 8:, 0])
+    draws = _inverse_photographs.exact_draws(law, task, truth, 400, 0, jax.random.key(1))[0]
+    seen = np.zeros((side, side, 1))
+    seen.reshape(-1)[task.operator.indices] = _photographs.measured(task, truth, 0).y[0]
+    a = np.diag(_inverse_photographs.cut((seen != 0) * 1.0)[1].ravel())
+    gain = covariance @ a @ np.linalg.inv(a @ covariance @ a + task.std**2 * np.eye(64))
+    mean = gain @ _inverse_photographs.cut(seen)[1].ravel()
+    deviation = np.sqrt(np.diag(covariance - gain @ a @ covariance))
+    found = draws[:, :8, 8:].reshape(400, 64)
+    assert np.all(np.abs(found.mean(0) - mean) < 5 * deviation / 20)
+    np.testing.assert_allclose(found.std(0), deviation, rtol=5 / np.sqrt(800))
 
 
 def test_crops_are_not_among_the_patches():

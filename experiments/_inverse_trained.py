@@ -1,5 +1,7 @@
 """Inverse methods that train something, on digits (8 x 8, as vectors of 64 in [-1, 1]) and in the plane.
 
+    python -m experiments.inverse --parts trained
+
 Every function takes a key and arrays, trains perceptrons (tens of seconds on 2 cores) and returns numbers:
 
     prompt_tuning(key, train, labels, held_out, truth)     P2L against the null condition and the true one
@@ -7,7 +9,7 @@ Every function takes a key and arrays, trains perceptrons (tens of seconds on 2 
     compact_priors(key, train, held_out)                   DiffIR jointly, separately, and a restorer alone
     forward_models(key)                                    signals in the plane seen through random directions
 
-``digits()`` gives the arrays.
+``arrays()`` gives the digits, ``part`` runs all four.
 
 Expect (seed 0): the null condition 14.0 and 14.7 dB (half images, 4 x 4 means), tuned at rate 0.01 14.2, 14.9, at 0.1
 13.5 and 13.2, the true class 15.6 and 15.8.  Predicted starts 18.5 dB in one step and 16.6 in five, SDEdit 12.1 and
@@ -29,12 +31,26 @@ from flax import nnx
 from diffjax import data, grids, guidance, inverse, metrics, networks, predictions, processes, sample, solvers, training
 from diffjax.data.sets import stack
 from diffjax.levels import Array, Tree
+from experiments import _run
 
 PROCESS, SIDE, CLASSES = processes.flow(), 8, 10
 PIXELS = SIDE**2
 
 
-def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def part(run: _run.Run, key: Array) -> dict[str, Any]:
+    """What all four return."""
+    train, labels, held_out, truth = arrays()
+    keys = jax.random.split(key, 4)
+    makes: dict[str, Callable[[], Any]] = {
+        "prompts": lambda: prompt_tuning(keys[0], train, labels, held_out, truth),
+        "starts": lambda: predicted_starts(keys[1], train, held_out),
+        "compact priors": lambda: compact_priors(keys[2], train, held_out),
+        "forward models": lambda: forward_models(keys[3]),
+    }
+    return {name: run.part(f"trained {name}", make) for name, make in makes.items()}
+
+
+def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """``(train, labels, held_out, labels)`` of scikit-learn's digits."""
     splits = [data.load("digits", name) for name in ("train", "test")]
     first, second = (stack(images, images.__getitems__(range(len(images)))) for images in splits)
