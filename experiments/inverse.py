@@ -21,23 +21,25 @@ Writes digits.png (measurement, reconstruction, samples, deviation), methods.png
 calibration.png, photographs.png, choices.png, metrics.json.
 
 Run time: 12 min on 2 CPU cores.
-Expect (that time is of the processors, trained digits given).  Digits, PSNR of the mean, over eight digits with standard
-errors of the gain on the baseline, 16.8 dB: mmps 20.6 (gain 3.9 +- 0.4), tds 20.6 (3.9 +- 0.5), pigdm and tmpd 19.9, mcg
-19.6, red_diff 19.4, daps 19.3, pnp_dm 18.9, dps 18.7, lanpaint, repaint, ddrm and diffpir 18.5, ddnm 17.6, flowchef 17.5,
-replacement 17.1 (0.3 +- 0.3).  Coverage .82 to .94, the baseline's .86.  Nonlinear: enkg 19.5 but .56, lgd 18.5, flowchef
-18.3, daps 17.6, dps 17.1; the error of a mean is 0.4 to 1.  Counts: daps 18.4, pnp_dm 18.1.
+Expect (that time is of the processors, trained digits given). Digits, PSNR of the mean, over eight digits with standard
+errors of the gain on the baseline, 16.8 dB: mmps 20.6 (gain 3.9 +- 0.4), tds 20.6 (3.9 +- 0.5), pigdm and tmpd 19.9,
+mcg 19.6, red_diff 19.4, daps 19.3, pnp_dm 18.9, dps 18.7, lanpaint, repaint, ddrm and diffpir 18.5, ddnm 17.6, flowchef
+17.5, replacement 17.1 (0.3 +- 0.3). Coverage .82 to .94, the baseline's .86. Nonlinear: enkg 19.5 but .56, lgd 18.5,
+flowchef 18.3, daps 17.6, dps 17.1; the error of a mean is 0.4 to 1. Counts: daps 18.4, pnp_dm 18.1.
 With 16 pixels chosen by `active` 19.4 dB, of the largest variance 17.3, by chance 14.3; with 8 14.8, 15.8 and 13.5 (six
-digits).  `d_flow` fills in the hidden part to 12.4 dB, another digit than the true one, the mean of `pigdm` to 17.8 (four
-digits).  Intervals miss .27 of the pixels; for a risk of at most .1, `rcps` misses .053 at length .81, `k_rcps` .051 at
-.79.  Photographs (two crops: differences below about 1 dB mean nothing), PSNR of the mean, best learned against
-classical: deblurring 27.1 (ddrm, network) and 23.4 dB, inpainting 25.4 (mmps) and 24.4 (ddrm and diffpir are worse,
-21.8 to 23.6), super-resolution 26.7 and 26.7: a cubic spline is as good, if not by SSIM (.84 and .82).  Coverage, of
-nine samples .8 is right: mmps .77 to .79, ddrm .57 to .69, diffpir .46 to .62.  On images of the mixture itself the
-exact posterior has .81, mmps .73, ddrm .77, diffpir .74: so it is not the mixture that is too sure of photographs, but
-ddrm and diffpir, with the network more than with the mixture.
-With a mixture of 30 Gaussians fitted to digits in place of the network, for which draws of the exact posterior have a
-mean of 19.7 dB and the Gaussian baseline has 16.4: mmps and tds 19.3, pigdm 19.0, red_diff 18.4, daps 18.2, ddrm 17.3,
-ddnm 17.0, replacement 16.6.  In the last three what is hidden hears of y through the network alone: that costs 3 dB.
+digits). `d_flow` fills in the hidden part to 12.4 dB, often another digit than the true one, the mean of `pigdm` to
+17.8 (four digits). Intervals miss .27 of the pixels; for a risk of at most .1, `rcps` misses .053 at length .81,
+`k_rcps` .051 at .79.
+Photographs (two crops: differences below about 1 dB mean nothing), PSNR of the mean, best learned against classical:
+deblurring 27.1 (ddrm, network) and 23.4 dB, inpainting 25.4 (mmps) and 24.4 (ddrm and diffpir are worse, 21.8 to 23.6),
+super-resolution 26.7 and 26.7: a cubic spline is as good, if not by SSIM (.84 and .82). Coverage, of nine samples .8 is
+right: mmps .77 to .79, ddrm .57 to .69, diffpir .46 to .62. On images of the mixture itself the exact posterior has
+.81, mmps .73, ddrm .77, diffpir .74: so it is not the mixture that is too sure of photographs, but ddrm and diffpir,
+with the network more than with the mixture.
+With a mixture of 30 Gaussians fitted to digits in place of the network (measured apart), for which draws of the exact
+posterior have a mean of 19.7 dB and the Gaussian baseline has 16.4: mmps and tds 19.3, pigdm 19.0, red_diff 18.4, daps
+18.2, ddrm 17.3, ddnm 17.0 (both without a cutoff), replacement 16.6. In the last three what is hidden hears of y
+through the network alone: that costs 3 dB.
 """
 
 from __future__ import annotations
