@@ -85,6 +85,35 @@ def test_the_noised_measurement_is_exact_for_a_flat_prior(x64):
     np.testing.assert_allclose(log_h, SEEN.log_likelihood(x), rtol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["dense", "cg"])
+def test_a_covariance_that_is_none_cannot_explode(x64, method):
+    """A denoiser whose Jacobian is neither symmetric nor positive, as a network's: K by hand without the negative part.
+
+    Along the negative direction S + Q is 1e-3 of S, so that plain solving gives a thousand times |r| / S.
+    """
+    rng = np.random.default_rng(3)
+    basis = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    noise, level = 0.25, PROCESS.level(0.5)
+    spread = basis @ np.diag([2.0, 0.7, 0.1, -0.999 * noise]) @ basis.T
+    skew = 0.02 * rng.normal(size=(4, 4))
+    factor = level.sigma**2 / level.alpha
+    jacobian = jnp.asarray((spread + skew - skew.T) / factor).T  # C = sigma^2 / alpha J^T
+    denoise = lambda x, level: jacobian @ x
+    x, y = jnp.asarray(rng.normal(size=4)), rng.normal(size=4)
+    seen = inverse.measurement(inverse.matrix(np.eye(4)), y, np.sqrt(noise))
+    log_h, x0, slope = inverse.mmps(seen, method, 4).gradient(denoise, x, level)
+    residual = y - np.asarray(x0)
+    solved = np.linalg.solve(np.asarray(jacobian).T, np.asarray(slope))
+    assert np.linalg.norm(solved) <= np.linalg.norm(residual) / noise
+    assert np.linalg.norm(np.linalg.solve(noise * np.eye(4) + spread, residual)) > 50 * np.linalg.norm(residual) / noise
+    assert np.isfinite(log_h)
+    if method == "dense":
+        whole = noise * np.eye(4) + basis @ np.diag([2.0, 0.7, 0.1, 0.0]) @ basis.T
+        np.testing.assert_allclose(solved, np.linalg.solve(whole, residual), rtol=1e-9)
+        gaussian = -0.5 * (residual @ solved + np.linalg.slogdet(2 * np.pi * whole)[1])
+        np.testing.assert_allclose(log_h, gaussian, rtol=1e-10)
+
+
 def test_lanczos_log_determinant(x64):
     """Exact for a diagonal matrix whatever the probe; otherwise an average over signs."""
     diagonal = jnp.array([0.3, 1.0, 2.0, 5.0])

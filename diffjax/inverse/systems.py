@@ -20,30 +20,74 @@ DENSE = 32  # measurements up to which "auto" makes the matrix
 
 @value
 class Solve:
-    """How ``K u = r`` is solved, K = S + A C A^T."""
+    """How ``K u = r`` is solved, K = S + Q with a variance S of each entry and Q = A C A^T.
+
+    Q is a covariance, but a trained network's only nearly: where Q is negative it would cancel S, and the solution
+    explode.  "dense" takes the symmetric part of Q, negative eigenvalues as 0; "cg" stops before a direction of which Q
+    says that it is negative.  So ``|u| <= |r| / min S`` either way, and nothing changes for a covariance.
+    """
 
     method: str = static()
     iterations: int = static()
     probes: int = static()
 
-    def __call__(self, apply: Callable[[Tree], Tree], right: Tree) -> tuple[Tree, Array]:
-        """``(K^-1 right, log det K)`` for the linear function ``apply`` = K."""
+    def __call__(self, noise: Tree, through: Callable[[Tree], Tree], right: Tree) -> tuple[Tree, Array]:
+        """``(K^-1 right, log det K)`` for the linear function ``through`` = Q."""
         flat, unravel = ravel_pytree(right)
-        on_vectors = lambda v: ravel_pytree(apply(unravel(v)))[0]
+        own = ravel_pytree(noise)[0]
+        on_vectors = lambda v: ravel_pytree(through(unravel(v)))[0].astype(v.dtype)
         if self.method == "dense" or (self.method == "auto" and flat.size <= DENSE):
-            matrix = jax.vmap(on_vectors)(jnp.eye(flat.size, dtype=flat.dtype)).T
+            matrix = jnp.diag(own) + positive(jax.vmap(on_vectors)(jnp.eye(flat.size, dtype=flat.dtype)))
             return unravel(jnp.linalg.solve(matrix, flat)), jnp.linalg.slogdet(matrix)[1]
+        whole = lambda v: own * v + on_vectors(v)
         if self.method == "gmres":
-            found, _ = gmres(on_vectors, flat, tol=1e-6, restart=self.iterations, maxiter=1, solve_method="incremental")
+            found, _ = gmres(whole, flat, tol=1e-6, restart=self.iterations, maxiter=1, solve_method="incremental")
         else:
-            found, _ = cg(on_vectors, flat, tol=1e-6, maxiter=self.iterations)
-        return unravel(found), lanczos_log_determinant(on_vectors, flat, self.iterations, self.probes)
+            iterate = lambda apply, right: conjugate_gradients(apply, own, right, self.iterations)
+            found = jax.lax.custom_linear_solve(whole, flat, iterate, symmetric=True)
+        return unravel(found), lanczos_log_determinant(whole, flat, self.iterations, self.probes, jnp.min(own))
 
 
-def lanczos_log_determinant(apply: Callable[[Array], Array], like: Array, iterations: int, probes: int) -> Array:
+def positive(matrix: Array) -> Array:
+    """The symmetric part, negative eigenvalues as 0; for derivatives what is added for that is a constant."""
+    symmetric = 0.5 * (matrix + matrix.T)
+    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(symmetric))
+    return symmetric + (vectors * jnp.maximum(-values, 0.0)) @ vectors.T
+
+
+def conjugate_gradients(apply: Callable[[Array], Array], noise: Array, right: Array, iterations: int) -> Array:
+    """``K^-1 right`` from 0, K = S + Q, up to the first direction p with ``p^T K p`` below ``p^T S p``.
+
+    Ends where the residual is 1e-6 of ``right``.  A thousandth is left to rounding.
+    """
+    least = 1e-12 * (right @ right)
+
+    def more(carry: tuple) -> Array:
+        index, *_, square, going = carry
+        return (index < iterations) & going & (square > least)
+
+    def step(carry: tuple) -> tuple:
+        index, found, residual, direction, square, _ = carry
+        image = apply(direction)
+        curvature = direction @ image
+        going = (curvature > 0) & (curvature >= 0.999 * (direction @ (noise * direction)))
+        length = jnp.where(going, square / jnp.where(going, curvature, 1.0), 0.0)
+        found, residual = found + length * direction, residual - length * image
+        after = residual @ residual
+        direction = residual + after / jnp.where(square > 0, square, 1.0) * direction
+        return index + 1, found, residual, direction, after, going
+
+    start = jnp.zeros((), jnp.int32), jnp.zeros_like(right), right, right, right @ right, jnp.asarray(True)
+    return jax.lax.while_loop(more, step, start)[1]
+
+
+def lanczos_log_determinant(
+    apply: Callable[[Array], Array], like: Array, iterations: int, probes: int, least: Array = 0.0
+) -> Array:
     """Stochastic Lanczos quadrature: the mean over Rademacher probes z of ``z^T log(K) z``; 0 without probes.
 
-    Exact in expectation over the probes once the Krylov spaces are full; the probes are fixed.
+    Exact in expectation over the probes once the Krylov spaces are full; the probes are fixed.  No eigenvalue of K
+    counts as less than ``least``.
     """
     if not probes:
         return jnp.zeros((), like.dtype)
@@ -71,6 +115,7 @@ def lanczos_log_determinant(apply: Callable[[Array], Array], like: Array, iterat
         tridiagonal = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
         nodes, vectors = jnp.linalg.eigh(tridiagonal)
         empty = vectors[0] ** 2 <= 1e-12
+        nodes = jnp.maximum(nodes, least)
         logs = jnp.log(jnp.where(empty | (nodes <= 0), 1.0, nodes))
         return size * jnp.sum(jnp.where(empty, 0.0, vectors[0] ** 2 * logs))
 
