@@ -11,7 +11,7 @@ from scipy.linalg import expm
 from diffjax import grids, guidance, inverse, oracles, processes, sample, solvers
 from diffjax.inverse.splitting import likelihood_draw
 from diffjax.inverse.steps import oscillator
-from diffjax.inverse.systems import lanczos_log_determinant
+from diffjax.inverse.systems import conjugate_gradients, dense_solution, lanczos_log_determinant
 from diffjax.levels import value
 
 PROCESS = processes.flow()
@@ -107,11 +107,36 @@ def test_a_covariance_that_is_none_cannot_explode(x64, method):
     assert np.linalg.norm(solved) <= np.linalg.norm(residual) / noise
     assert np.linalg.norm(np.linalg.solve(noise * np.eye(4) + spread, residual)) > 50 * np.linalg.norm(residual) / noise
     assert np.isfinite(log_h)
+    whole = noise * np.eye(4) + basis @ np.diag([2.0, 0.7, 0.1, 0.0]) @ basis.T
+    # of the fit, dense has all; and cg not less, as its last direction counts with the noise alone
+    fit = -2 * log_h - np.linalg.slogdet(2 * np.pi * whole)[1]
+    assert fit >= 0.999 * residual @ np.linalg.solve(whole, residual) and np.linalg.norm(solved) > 0
     if method == "dense":
-        whole = noise * np.eye(4) + basis @ np.diag([2.0, 0.7, 0.1, 0.0]) @ basis.T
         np.testing.assert_allclose(solved, np.linalg.solve(whole, residual), rtol=1e-9)
         gaussian = -0.5 * (residual @ solved + np.linalg.slogdet(2 * np.pi * whole)[1])
         np.testing.assert_allclose(log_h, gaussian, rtol=1e-10)
+
+
+def test_an_exact_measurement_of_what_the_network_says_is_negative(x64):
+    """Without noise nothing is left of such a direction: it has no say, and log det is that of the others."""
+    values, basis = np.array([1.0, 0.3, -0.1]), np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0]
+    right = np.array([1.0, -2.0, 0.5])
+    found, log_det = dense_solution(jnp.asarray(basis @ np.diag(values) @ basis.T), jnp.zeros(3), jnp.asarray(right))
+    hand = basis[:, :2] @ ((basis[:, :2].T @ right) / values[:2])
+    np.testing.assert_allclose(found, hand, rtol=1e-10)
+    np.testing.assert_allclose(log_det, np.log(0.3), rtol=1e-10)
+
+
+def test_conjugate_gradients_go_on_for_a_covariance_in_single_precision():
+    """Q of rank 8 in 64 and little noise: rounding of p^T Q p is above p^T S p, and no direction is negative."""
+    rng, noise = np.random.default_rng(7), jnp.full(64, 1e-4)
+    solve = jax.jit(lambda q, right: conjugate_gradients(lambda v: noise * v + q @ v, noise, right, 30))
+    for _ in range(100):
+        root = rng.normal(size=(64, 8))
+        q, right = root @ root.T, rng.normal(size=64)
+        found, beyond = solve(jnp.asarray(q, jnp.float32), jnp.asarray(right, jnp.float32))
+        assert right @ np.asarray(found, np.float64) > 0.9 * right @ np.linalg.solve(q + 1e-4 * np.eye(64), right)
+        assert beyond == 0
 
 
 def test_lanczos_log_determinant(x64):

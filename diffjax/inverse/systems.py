@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg, gmres
 
 from diffjax.inverse.measurement import Measurement
-from diffjax.inverse.operators import Diagonal, Mask
+from diffjax.inverse.operators import ROUNDINGS, Diagonal, Mask
 from diffjax.levels import Array, Level, Tree, dot, static, value
 
 DENSE = 32  # measurements up to which "auto" makes the matrix
@@ -23,62 +23,84 @@ class Solve:
     """How ``K u = r`` is solved, K = S + Q with a variance S of each entry and Q = A C A^T.
 
     Q is a covariance, but a trained network's only nearly: where Q is negative it would cancel S, and the solution
-    explode.  "dense" takes the symmetric part of Q, negative eigenvalues as 0; "cg" stops before a direction of which Q
-    says that it is negative.  So ``|u| <= |r| / min S`` either way, and nothing changes for a covariance.
+    explode.  "dense" takes the symmetric part of Q, negative eigenvalues as 0, so that ``|u| <= |r| / min S``; "cg"
+    stops before a direction p of which Q says that it is negative, near that bound, and r^T K^-1 r has the part of p
+    for Q = 0 there.  Nothing changes for a covariance.  Where S = 0 too, "dense" leaves out what Q does not hold.
     """
 
     method: str = static()
     iterations: int = static()
     probes: int = static()
 
-    def __call__(self, noise: Tree, through: Callable[[Tree], Tree], right: Tree) -> tuple[Tree, Array]:
-        """``(K^-1 right, log det K)`` for the linear function ``through`` = Q."""
+    def __call__(self, noise: Tree, through: Callable[[Tree], Tree], right: Tree) -> tuple[Tree, Array, Array]:
+        """``(K^-1 r, r^T K^-1 r, log det K)`` for the linear function ``through`` = Q and r = ``right``."""
         flat, unravel = ravel_pytree(right)
         own = ravel_pytree(noise)[0]
         on_vectors = lambda v: ravel_pytree(through(unravel(v)))[0].astype(v.dtype)
         if self.method == "dense" or (self.method == "auto" and flat.size <= DENSE):
-            matrix = jnp.diag(own) + positive(jax.vmap(on_vectors)(jnp.eye(flat.size, dtype=flat.dtype)))
-            return unravel(jnp.linalg.solve(matrix, flat)), jnp.linalg.slogdet(matrix)[1]
-        whole = lambda v: own * v + on_vectors(v)
+            matrix = jax.vmap(on_vectors)(jnp.eye(flat.size, dtype=flat.dtype))
+            found, log_det = dense_solution(matrix, own, flat)
+            return unravel(found), flat @ found, log_det
+        whole, beyond = lambda v: own * v + on_vectors(v), 0.0
         if self.method == "gmres":
             found, _ = gmres(whole, flat, tol=1e-6, restart=self.iterations, maxiter=1, solve_method="incremental")
         else:
             iterate = lambda apply, right: conjugate_gradients(apply, own, right, self.iterations)
-            found = jax.lax.custom_linear_solve(whole, flat, iterate, symmetric=True)
-        return unravel(found), lanczos_log_determinant(whole, flat, self.iterations, self.probes, jnp.min(own))
+            found, beyond = jax.lax.custom_linear_solve(whole, flat, iterate, symmetric=True, has_aux=True)
+        log_det = lanczos_log_determinant(whole, flat, self.iterations, self.probes, jnp.min(own))
+        return unravel(found), flat @ found + beyond, log_det
 
 
-def positive(matrix: Array) -> Array:
-    """The symmetric part, negative eigenvalues as 0; for derivatives what is added for that is a constant."""
+def dense_solution(matrix: Array, noise: Array, right: Array) -> tuple[Array, Array]:
+    """``(K^-1 right, log det K)``, K = S + Q with the symmetric part of ``matrix``, negative eigenvalues as 0, for Q.
+
+    Directions in which neither S nor Q has anything are left out of both.  For derivatives the changes are constants.
+    """
     symmetric = 0.5 * (matrix + matrix.T)
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(symmetric))
-    return symmetric + (vectors * jnp.maximum(-values, 0.0)) @ vectors.T
+    eps, top = jnp.finfo(values.dtype).eps, jnp.max(values, initial=0.0)
+    own = jax.lax.stop_gradient(noise) @ vectors**2
+    empty = (values <= ROUNDINGS * eps * top) & (own <= eps**2 * top)
+    fill = jnp.where(top > 0, top, 1.0)
+    change = (vectors * jnp.where(empty, fill - values, jnp.maximum(-values, 0.0))) @ vectors.T
+    whole = jnp.diag(noise) + symmetric + change
+    held = right - vectors @ jnp.where(empty, right @ vectors, 0.0)
+    return jnp.linalg.solve(whole, held), jnp.linalg.slogdet(whole)[1] - jnp.sum(empty) * jnp.log(fill)
 
 
-def conjugate_gradients(apply: Callable[[Array], Array], noise: Array, right: Array, iterations: int) -> Array:
+def conjugate_gradients(
+    apply: Callable[[Array], Array], noise: Array, right: Array, iterations: int
+) -> tuple[Array, Array]:
     """``K^-1 right`` from 0, K = S + Q, up to the first direction p with ``p^T K p`` below ``p^T S p``.
 
-    Ends where the residual is 1e-6 of ``right``.  A thousandth is left to rounding.
+    Beside it what ``right^T K^-1 right`` would gain from that direction with p^T S p, which is 0 if there was none.
+    Ends where the residual is 1e-6 of ``right``.  A thousandth and eight roundings of the largest p^T K p / p^T p are
+    left to rounding.
     """
-    least = 1e-12 * (right @ right)
+    enough, eps = 1e-12 * (right @ right), jnp.finfo(right.dtype).eps
 
     def more(carry: tuple) -> Array:
-        index, *_, square, going = carry
-        return (index < iterations) & going & (square > least)
+        index, *_, square, going, _ = carry
+        return (index < iterations) & going & (square > enough)
 
     def step(carry: tuple) -> tuple:
-        index, found, residual, direction, square, _ = carry
+        index, found, residual, direction, top, square, _, _ = carry
         image = apply(direction)
-        curvature = direction @ image
-        going = (curvature > 0) & (curvature >= 0.999 * (direction @ (noise * direction)))
+        curvature, length2 = direction @ image, direction @ direction
+        top = jnp.maximum(top, curvature / jnp.where(length2 > 0, length2, 1.0))
+        own = direction @ (noise * direction)
+        going = (curvature > 0) & (curvature >= 0.999 * own - 8 * eps * top * length2)
+        beyond = jnp.where(going | (own <= 0), 0.0, square**2 / jnp.where(own > 0, own, 1.0))
         length = jnp.where(going, square / jnp.where(going, curvature, 1.0), 0.0)
         found, residual = found + length * direction, residual - length * image
         after = residual @ residual
         direction = residual + after / jnp.where(square > 0, square, 1.0) * direction
-        return index + 1, found, residual, direction, after, going
+        return index + 1, found, residual, direction, top, after, going, beyond
 
-    start = jnp.zeros((), jnp.int32), jnp.zeros_like(right), right, right, right @ right, jnp.asarray(True)
-    return jax.lax.while_loop(more, step, start)[1]
+    zero, square = jnp.zeros((), right.dtype), right @ right
+    start = jnp.zeros((), jnp.int32), jnp.zeros_like(right), right, right, zero, square, jnp.asarray(True), zero
+    _, found, *_, beyond = jax.lax.while_loop(more, step, start)
+    return found, beyond
 
 
 def lanczos_log_determinant(

@@ -260,24 +260,25 @@ class GaussianTwist:
         seen = self.measurement
         residual = jax.tree.map(lambda leaf: jnp.where(outside, 0.0, leaf), seen.residual(x0))
         noise = seen.variance(x0)
-        solved, log_det = self._solved(x0, pull, level, residual, noise, outside)
+        solved, square, log_det = self._solved(x0, pull, level, residual, noise, outside)
         count = sum(leaf.size for leaf in jax.tree.leaves(residual))
         rate = getattr(seen.noise, "rate", 1.0)  # the density of counts, not of counts over the rate
-        gaussian = -0.5 * (dot(residual, solved) + log_det + count * jnp.log(2 * jnp.pi)) - count * jnp.log(rate)
+        gaussian = -0.5 * (square + log_det + count * jnp.log(2 * jnp.pi)) - count * jnp.log(rate)
         value = jnp.where(clean, seen.log_likelihood(x0), jnp.where(blank, 0.0, gaussian))
         return value, x0, solved, pull
 
     def _solved(
         self, x0: Tree, pull: Any, level: Level, residual: Tree, noise: Tree, outside: Array
-    ) -> tuple[Tree, Array]:
-        """``(S + A C A^T)^-1 residual`` and the log-determinant; the identity at the ends."""
+    ) -> tuple[Tree, Array, Array]:
+        """``(S + A C A^T)^-1 residual``, its product with residual, the log-determinant; the identity at the ends."""
         a = self.measurement.operator
         closed = self.spread.scalar(level)
         if closed is not None and self.measurement.isotropic and hasattr(a, "spectral"):
             std = jax.tree.leaves(noise)[0].reshape(-1)[0]
             total = lambda q: jnp.where(outside, 1.0, std + closed * q)
             inverse = lambda q: jnp.where(total(q) > 0, 1 / jnp.where(total(q) > 0, total(q), 1.0), 0.0)
-            return cospectral(a, inverse, residual), log_determinant(a, total)
+            solved = cospectral(a, inverse, residual)
+            return solved, dot(residual, solved), log_determinant(a, total)
         spread = self.spread.apply(x0, pull, level)
 
         through = lambda v: jax.tree.map(lambda leaf: jnp.where(outside, 0.0, leaf), a(spread(a.adjoint(v))))
