@@ -15,7 +15,7 @@ import scipy.stats
 from diffjax import smoothing
 from diffjax.smoothing import chain, observed, point, population, sequential
 from diffjax.smoothing.branching import multinomial
-from diffjax.smoothing.gamma import log_kummer, log_tilt, tilted_beta
+from diffjax.smoothing.gamma import _term, log_kummer, log_tilt, tilted_beta
 
 OFFSPRING = np.array([[0, 0], [1, 0], [1, 1], [0, 2]])
 CHANCES = np.array([[0.3, 0.2, 0.3, 0.2], [0.4, 0.1, 0.2, 0.3]])
@@ -166,6 +166,42 @@ def test_kummers_function_and_its_derivatives():
     for t in (-4.0, 5.0):
         density = lambda s, t=t: scipy.stats.beta(1.7, 0.6).pdf(s) * np.exp(-t * s)
         np.testing.assert_allclose(log_tilt(1.7, 0.6, t), np.log(scipy.integrate.quad(density, 0, 1)[0]), rtol=1e-6)
+    # minus the mean of b under the tilted law, at t = 0 too, where the rate is that of the backward map
+    times = np.array([-4.0, 0.0, 5.0])
+    moment = lambda t: scipy.special.hyp1f1(2.7, 3.3, -t) / scipy.special.hyp1f1(1.7, 2.3, -t) * 1.7 / 2.3
+    slopes = jax.jit(jax.vmap(jax.grad(log_tilt, 2), (None, None, 0)))(1.7, 0.6, times)
+    np.testing.assert_allclose(slopes, -moment(times), rtol=1e-9)
+
+
+def _log_terms(a, b, x):
+    """Logarithms of the terms of e^-x 1F1(a; b; x)."""
+    n, log_factorial = np.arange(int(x + 60 * np.sqrt(x) + 300)), scipy.special.gammaln
+    rising = lambda c: log_factorial(c + n) - log_factorial(c)
+    return n * np.log(x) - log_factorial(n + 1) + rising(a) - rising(b) - x
+
+
+def test_large_tilts_in_single_precision():
+    """log 1F1(a; a + c; -t) and quantiles of n to a few units in the last place, of terms that rise to e^t."""
+    corners = np.meshgrid([1e-6, 0.125, 2.0, 40.0], [0.25, 1.0, 50.0], [0.5, 30.0, 600.0, 3000.0], indexing="ij")
+    c, a, t = (m.ravel() for m in corners)
+    levels = np.array([1e-4, 0.3, 0.9, 0.9999])
+    with jax.enable_x64(False):
+        single = [v.astype(np.float32) for v in (c, a, t)]
+        values = jax.jit(jax.vmap(jax.value_and_grad(log_tilt, 2)))(single[1], single[0], single[2])
+        quantiles = jax.vmap(jax.vmap(lambda u, c, a, t: _term(u, c, a + c, t), (None, 0, 0, 0)), (0, None, None, None))
+        found = jax.jit(quantiles)(levels.astype(np.float32), *single)
+        assert values[0].dtype == found.dtype == np.float32
+    for i, arguments in enumerate(zip(*(v.astype(float) for v in single), strict=True)):
+        logs = _log_terms(arguments[0], arguments[0] + arguments[1], arguments[2])
+        exact, size = scipy.special.logsumexp(logs), arguments[2]
+        np.testing.assert_allclose(values[0][i], exact, rtol=5e-7, atol=3e-6, err_msg=str(arguments))
+        mean = np.exp(logs - exact) @ np.arange(len(logs))
+        np.testing.assert_allclose(values[1][i], mean / size - 1, rtol=2e-5, atol=1e-6, err_msg=str(arguments))
+        law = np.cumsum(np.exp(logs - exact))
+        # the distribution function steps over the level at the quantile
+        n = np.asarray(found[:, i]).astype(int)
+        assert np.all(law[n] > levels - 2e-5), arguments
+        assert np.all(np.where(n > 0, law[n - 1], 0.0) < levels + 2e-5), arguments
 
 
 @pytest.mark.paper("Automatic Backward Filtering Forward Guiding for Markov processes and graphical models")

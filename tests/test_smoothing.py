@@ -171,6 +171,33 @@ def test_a_chain_is_one_kernel_of_its_kind():
         np.testing.assert_allclose(found, wanted, rtol=1e-10)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_chain_of_chains_is_the_chain(known):
+    """Four links as two chains of two: pull-back, marginals, noise and draws, by both scans, with a known end too."""
+    walk = jax.vmap(lambda phi, beta: linear_gaussian(phi, beta, ROOT))(PHI[:4], BETA[:4])
+    seen = jax.vmap(_gaussian_link)(PHI[:4], BETA[:4], SCALE[:4], SEEN[:4], Y[:4])
+    links, h = (walk, point(np.array([0.5, 1.0]))) if known else (seen, smoothing.flat(SIZE))
+    halves = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), links)
+    prior = smoothing.Normal(jnp.asarray(MEAN), jnp.asarray(ROOT @ ROOT.T), jnp.zeros(()))
+    _, source, _, marginals, guided = _smoothed(chain(links), h, prior, MEAN)
+    for associative in (False, True):
+        nested = chain(jax.vmap(lambda half: chain(half, associative=True))(halves), associative=associative)
+        assert nested.parts == 4
+        message, found, begin, ends, draw = _smoothed(nested, h, prior, MEAN)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(source), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(ends.mean, marginals.mean[1::2], atol=1e-11)
+        np.testing.assert_allclose(ends.covariance, marginals.covariance[1::2], atol=1e-11)
+        np.testing.assert_allclose(nested.push(message, begin).mean, marginals.mean[-1], atol=1e-11)
+        np.testing.assert_allclose(draw.x, guided.x, rtol=1e-8)
+        path = draw.path if known else draw.path[0]
+        np.testing.assert_allclose(_flat_path(path), _flat_path(guided.path if known else guided.path[0]), rtol=1e-8)
+
+
+def _flat_path(path):
+    return np.asarray(path).reshape(-1, SIZE)
+
+
 def test_precise_observations_are_smoothed_in_single_precision():
     """A local level seen with an error of 1e-3: smoothing marginals to float32, by both scans, against float64."""
     with jax.enable_x64(False):
@@ -410,6 +437,28 @@ def test_gamma_increments_are_guided_by_beta_laws():
     assert abs(z.mean() - exact) < 4 * z.std() / np.sqrt(len(z)) < 0.02 * exact
 
 
+def test_increments_too_small_to_be_seen_keep_their_weight():
+    """Most of a path of small shapes is one jump: what is left after it rounds to nothing, in single precision."""
+    shape = 0.1
+    with jax.enable_x64(False):
+        kernel = chain(jax.vmap(lambda a: smoothing.gamma(a, 2.0))(jnp.full(5, shape)))
+        run = jax.jit(jax.vmap(lambda key: smoothing.smooth(key, kernel, point(3.0), 0.5)))
+        guided = run(jax.random.split(jax.random.key(0), 200))
+        assert guided.path.dtype == np.float32 and np.any(guided.path[:, :-1] == 3.0) and np.all(guided.path <= 3.0)
+        exact = scipy.stats.gamma(5 * shape, scale=0.5).logpdf(2.5)
+        np.testing.assert_allclose(guided.log_weight, exact, rtol=2e-6)
+        for start in (3.0, 3.5):  # nothing is to be gained there
+            assert smoothing.smooth(jax.random.key(0), kernel, point(3.0), start).log_weight == -jnp.inf
+
+
+def test_what_is_impossible_both_ways_has_no_weight():
+    """A potential and a likelihood that exclude states: the weight is 0 where either does, not NaN."""
+    log_likelihood = lambda x: jnp.array([-jnp.inf, -jnp.inf, -0.5, -0.5])[x]
+    seen = observed(smoothing.table(np.array([-np.inf, 0.0, -np.inf, -0.2])), log_likelihood)
+    weights = [seen.forward((), jnp.array(i), ()).log_weight for i in range(4)]
+    np.testing.assert_allclose(weights, [-np.inf, -np.inf, -np.inf, -0.3], rtol=1e-12)
+
+
 def test_any_gaussian_kernel_is_weighed_for_its_surrogate():
     """Two nonlinear steps with noise that depends on the state, two observations, one of them not Gaussian."""
     mean = lambda x: jnp.sin(2 * x)
@@ -444,6 +493,8 @@ def test_arguments_that_do_not_fit_are_refused():
         observed(smoothing.flat(1)).backward(smoothing.gamma(1.0, 1.0).backward(point(1.0))[1])
     with pytest.raises(ValueError, match="associative needs"):
         chain(smoothing.gamma(np.ones(2), 1.0), associative=True)
+    with pytest.raises(ValueError, match="associative needs"):
+        chain(chain(smoothing.gamma(np.ones((2, 2)), 1.0)), associative=True)
     with pytest.raises(ValueError, match="count must be"):
         copies(0)
     with pytest.raises(ValueError, match="2 copies"):

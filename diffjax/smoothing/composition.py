@@ -100,6 +100,8 @@ def composes(kernel: Any) -> bool:
         return composes(kernel.first) and composes(kernel.second)
     if isinstance(kernel, Observed):
         return isinstance(kernel.potential, Quadratic | Table)
+    if isinstance(kernel, Chain):
+        return composes(kernel.kernel)
     return hasattr(kernel, "element")
 
 
@@ -226,7 +228,9 @@ class Observed:
     def forward(self, message: tuple, x: Tree, noise: tuple) -> Guided:
         if self.log_likelihood is None:
             return Guided(x, jnp.zeros(()), ())
-        return Guided(x, self.log_likelihood(x) - log_value(self.potential, x), ())
+        log_h = log_value(self.potential, x)
+        none = log_h == -jnp.inf  # nothing is guided to there
+        return Guided(x, jnp.where(none, -jnp.inf, self.log_likelihood(x) - jnp.where(none, 0.0, log_h)), ())
 
     def push(self, message: tuple, measure: Any) -> Any:
         if self.log_likelihood is not None:
@@ -256,10 +260,17 @@ class Chain:
 
     @property
     def parts(self) -> int:
-        return len(self) * self.kernel.parts
+        return len(self) * self._parts_of_one
+
+    @property
+    def _parts_of_one(self) -> int:
+        """Not those of the stack: were it one of chains, its length would be taken for theirs."""
+        one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        return jax.tree.map(one, self.kernel).parts
 
     def noise(self, key: Array, index: Array = 0) -> Tree:
-        each = lambda i, kernel: kernel.noise(key, index + i * self.kernel.parts)
+        parts = self._parts_of_one
+        each = lambda i, kernel: kernel.noise(key, index + i * parts)
         return jax.vmap(each)(jnp.arange(len(self)), self.kernel)
 
     def backward(self, h: Any) -> tuple[Any, Any]:
@@ -325,19 +336,34 @@ class Chain:
         messages, last = message
         found, now = [], measure
         if messages is not None:
-            kernel = self.kernel if last is None else jax.tree.map(lambda leaf: leaf[:-1], self.kernel)
-            steps = jax.vmap(lambda k, m: k.guided(m))(kernel, messages)
-            if steps is None:  # observations alone
-                steps = jax.tree.leaves(kernel)[0].shape[0]
+            before = self._prefixes(message)
+            if before is None:  # observations alone
+                steps = len(self) if last is None else len(self) - 1
                 after = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (steps, *jnp.shape(leaf))), measure)
             else:
-                before = jax.lax.associative_scan(jax.vmap(lambda sooner, later: sooner.then(later)), steps)
                 after = jax.vmap(lambda step: step.push(measure))(before)
             found, now = [after], at(after, -1)
         if last is not None:
             now = at(self.kernel, -1).push(last, now)
             found.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], now))
         return now, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
+
+    def _prefixes(self, message: Any) -> Any:
+        """The composition of each of the guided kernels with all before it, but for a last one with a known end."""
+        messages, last = message
+        kernel = self.kernel if last is None else jax.tree.map(lambda leaf: leaf[:-1], self.kernel)
+        steps = jax.vmap(lambda k, m: k.guided(m))(kernel, messages)
+        if steps is None:
+            return None
+        return jax.lax.associative_scan(jax.vmap(lambda sooner, later: sooner.then(later)), steps)
+
+    def guided(self, message: Any) -> Any:
+        """All of them, guided, as one."""
+        messages, last = message
+        before = None if messages is None else self._prefixes(message)
+        first = None if before is None else at(before, -1)
+        second = None if last is None else at(self.kernel, -1).guided(last)
+        return first if second is None else second if first is None else first.then(second)
 
     def element(self) -> Any:
         """All of them as one."""
