@@ -102,6 +102,23 @@ def test_the_order_of_entries_and_what_was_said_of_which():
         assert np.abs(first - third).max() > 1e-3
 
 
+def test_what_is_absent_may_be_anything():
+    """NaN in an absent image and words outside of the vocabulary, in the network and in its gradient."""
+    run, _, params = made()
+    two = history(0, (0, 1, 1))
+    broken = smc.History(two.x.at[0].set(jnp.nan), two.feedback.at[0].set(WORDS + 7), two.present)
+    both = jax.jit(jax.value_and_grad(lambda params, told: jnp.sum(run(params, X, 0.3, (1, told)))))
+    for found, wanted in zip(*(jax.tree.leaves(both(params, told)) for told in (broken, two)), strict=True):
+        assert np.isfinite(wanted).all()
+        np.testing.assert_array_equal(found, wanted)
+
+
+def joint():
+    """A network that reads tokens and the image in one attention."""
+    condition, rngs = (networks.label(3), networks.tokens(6)), nnx.Rngs(0)
+    return networks.MMDiT(SHAPE, width=8, depth=1, heads=2, ratio=1.0, condition=condition, rngs=rngs)
+
+
 def test_a_mask_is_leaving_out():
     """Attention to the tokens of the mask is attention to these tokens alone."""
     options = layers.linear_options(jnp.float32, nnx.Rngs(0))
@@ -147,6 +164,7 @@ def test_reflection_runs_with_it():
     [
         (lambda: module(feedback=networks.vector(3)), "feedback"),
         (lambda: networks.InContext(plain(networks.label(3)), module().context), "tokens"),
+        (lambda: networks.InContext(joint(), module().context), "cross-attention"),
         (lambda: networks.ImageEncoder((4, 8), rngs=nnx.Rngs(0)), "shape"),
         (lambda: networks.ImageEncoder((4, 6, 1), patch=4, rngs=nnx.Rngs(0)), "patch"),
         (lambda: networks.ImageEncoder((4, 8, 1), width=6, heads=2, rngs=nnx.Rngs(0)), "width"),

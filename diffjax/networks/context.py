@@ -6,8 +6,8 @@ transformer joins them and the network attends to what comes out:
     M  = (V_1, E_1, ..., V_K, E_K),     M' = context transformer(M, t),     output = network(x, t, (condition, M'))
 
 after Reflect-DiT: Inference-Time Scaling for Text-to-Image Diffusion Transformers via In-Context Reflection,
-arXiv:2503.12271 (there V_k is of a published vision model, E_k of a text encoder).  Any network with a token condition
-can be told: `DiT`, `MMDiT`, or one of a user's own.
+arXiv:2503.12271 (there V_k is of a published vision model, E_k of a text encoder).  A network can be told that reads
+its token condition by cross-attention: `DiT`, or one of a user's own.
 """
 
 from collections.abc import Sequence
@@ -82,8 +82,11 @@ class ContextTransformer(nnx.Module):
 
     A history is (images (K, H, W, C), feedback (K, L) or (K, L, F), present (K,)), as `diffjax.smc.History` is.  Blocks
     modulated by the time attend in turn within an entry (an image and what was said of it) and to all entries that are
-    present.  Tokens of absent entries are zero, which is what networks are given when they are told nothing: with none
-    present the network is the one without a history, whatever stands in the arrays.
+    present.  Tokens of absent entries are zero, whatever stands in the arrays, which is what networks are given when
+    they are told nothing: with none present a network that reads tokens by cross-attention is the one without history.
+
+    The zero tokens do take part in that attention: an entry alone and the same entry beside absent ones are not the
+    same to the network.  So train and sample with one K.
 
     Args:
         shape: (H, W, C) of the images; ``patch`` and ``encoder_depth`` of the `ImageEncoder`.
@@ -179,7 +182,9 @@ class ContextTransformer(nnx.Module):
             )
         if self.spec.kind == "label" and not jnp.issubdtype(feedback.dtype, jnp.integer):
             raise ValueError(f"feedback in words must be integers, got {feedback.dtype}")
-        return images, feedback, present > 0
+        present = present > 0
+        shown = lambda leaf: jnp.where(present.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)  # 0 NaN is NaN
+        return shown(images), shown(feedback), present
 
 
 class InContext(nnx.Module):
@@ -192,11 +197,12 @@ class InContext(nnx.Module):
     one, and learns to listen: `diffjax.smc.reflections` makes the data, `diffjax.smc.reflect` samples.
 
     Args:
-        network: whose last condition is `tokens(size)`.
+        network: whose last condition is `tokens(size)`, read by cross-attention as by `DiT`.  In the joint attention of
+            `MMDiT` each zero token takes attention from the image: with none present it is not the network without.
         context: a `ContextTransformer` of the same size.
 
     Raises:
-        ValueError: the network's last condition is another.
+        ValueError: the network's last condition is another; an `MMDiT`.
 
     Reflect-DiT: Inference-Time Scaling for Text-to-Image Diffusion Transformers via In-Context Reflection,
     arXiv:2503.12271, figure 2.  (There all blocks attend to the whole history, with rotary positions along it.)
@@ -207,6 +213,10 @@ class InContext(nnx.Module):
         told = layers.conditions(arguments.get("condition"))[-1:]
         if told != (layers.tokens(context.size),):
             raise ValueError(f"the network's last condition must be networks.tokens({context.size}), got {told}")
+        if network.architecture.name == "mmdit":
+            raise ValueError(
+                "the network must read its tokens by cross-attention, as DiT; MMDiT attends jointly to them"
+            )
         self.others = len(layers.conditions(arguments["condition"])) - 1
         self.network, self.context = network, context
         self.architecture = described("in_context", network=network.architecture, context=context.architecture)
