@@ -13,7 +13,8 @@ import numpy as np
 from diffjax.guidance.tilted import twist_gradient
 from diffjax.inverse.measurement import gaussian_noise, measurement
 from diffjax.inverse.operators import Mask, shapes
-from diffjax.inverse.twists import mmps
+from diffjax.inverse.systems import DENSE
+from diffjax.inverse.twists import GaussianTwist, mmps
 from diffjax.levels import Array, Level, Process, Tree, is_traced, value
 
 
@@ -23,16 +24,23 @@ def one_of(twists: Sequence[Any], weights: Array | None = None) -> OneOf:
     Its gradient is that of the twists, weighted by ``w_k h_k / h``.  Where every h_k is exact, so is h.  The twists are
     vmapped, and share their call of the denoiser: one, with the vector-Jacobian products of K.
 
+    The shares take the log-determinants at their word, so that guidance depends on them too.  Lanczos estimates of
+    "cg" and "gmres" err differently for each (1.4 nats apart have been seen with one probe): `mmps` wants
+    ``solver="dense"``.
+
     Args:
         twists: K of one kind and of one shape, made by one factory (`mmps`, `pigdm`, `exact`, ..).
         weights: (K,), not negative; default even.
 
-    Raises ValueError for twists that are not alike, and weights that do not fit.
+    Raises ValueError for twists that are not alike, weights that do not fit, and twists without log-determinants
+    (``probes=0`` where the solve is not dense).
     """
     twists = list(twists)
     alike = {jax.tree.structure(twist) for twist in twists}
     if len(alike) != 1:
         raise ValueError(f"twists must be of one kind and shape, at least one of them, got {twists!r}.")
+    if not all(_weighs(twist) for twist in twists):
+        raise ValueError(f"one_of weighs its twists by log-determinants, which probes=0 leaves out, got {twists[0]!r}.")
     try:
         stacked = jax.tree.map(_stack, *twists)
     except ValueError:
@@ -74,6 +82,10 @@ class OneOf:
         return jax.nn.softmax(jnp.where(jnp.max(logs) == -jnp.inf, 0.0, logs))
 
 
+def _dense(seen: Any) -> Any:
+    return mmps(seen, solver="dense")
+
+
 def motif(
     y: Array,
     placements: Array,
@@ -82,7 +94,7 @@ def motif(
     *,
     rotations: Array | None = None,
     weights: Array | None = None,
-    twist: Callable[[Any], Any] = mmps,
+    twist: Callable[[Any], Any] = _dense,
     process: Process | None = None,
 ) -> OneOf:
     """Rows of the sample that are a given motif, at one of several placements, and turned by one of several rotations.
@@ -98,7 +110,8 @@ def motif(
         rotations: (Q, D, D) orthogonal matrices, for instance draws of ``nongaussian.rotations().uniform``; default
             none.
         weights: (P,) probabilities of the placements, default even.
-        twist: ``measurement -> twist``, for every placement and rotation; it has one compiled program for all.
+        twist: ``measurement -> twist``, for every placement and rotation; it has one compiled program for all.  The
+            default is `mmps` with the "dense" solver, whose log-determinants are exact.
         process: whose standard state the twist is of, where it has coordinates.
 
     Practical and Asymptotically Exact Conditional Sampling in Diffusion Models, arXiv:2306.17775, section 3.3
@@ -171,6 +184,14 @@ def _log_weights(weights: Array | None, count: int) -> Array:
         raise ValueError(f"weights must be {count} numbers, not negative, got {weights!r}.")
     with np.errstate(divide="ignore"):
         return np.log(weights / weights.sum())
+
+
+def _weighs(twist: Any) -> bool:
+    """Whether log h has its log-determinant."""
+    if not isinstance(twist, GaussianTwist) or twist.solve.probes:
+        return True
+    entries = sum(np.size(leaf) for leaf in jax.tree.leaves(twist.measurement.y))
+    return twist.solve.method == "dense" or (twist.solve.method == "auto" and entries <= DENSE)
 
 
 def _stack(*leaves: Array) -> Array:
