@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax import inverse
+from diffjax import guidance, inverse, oracles, processes
 from diffjax.inverse.operators import as_matrix, cospectral, log_determinant, shapes, squared_values
 
 RNG = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def test_adjoint_spectrum_and_shapes(name, operators, x64):
         if hasattr(a, "spectral"):
             f = lambda q: 1 / (0.3 + q)
             out |= {"normal": a.spectral(f, x), "outer": cospectral(a, f, y), "pinv": inverse.pseudo_inverse(a, y)}
-            out["logdet"] = log_determinant(a, lambda q: 0.3 + q)
+            out["logdet"] = log_determinant(a, lambda q: 0.3 + q, x)
         return out
 
     out = everything(a, x, y)
@@ -132,8 +132,27 @@ def test_which_singular_values_count(name, bits, x64):
         np.testing.assert_allclose(flat(again(wave)), flat(a(wave)), atol=root)
     count = np.sum((SMALL if name == "diagonal" else np.linalg.svd(dense)[1]) > root)
     assert np.count_nonzero(squared_values(a, np.zeros(1, dtype))) == count
+    total = float(log_determinant(a, lambda q: jnp.where(q > 0, jnp.e, 1.0).astype(q.dtype), basis[0]))
+    assert abs(total - count) < 1e-4 * count
     seen = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, dtype), a(basis[0]))
     assert np.abs(flat(inverse.pseudo_inverse(a, seen))).max() < 4 / root  # no rounding is divided by less
+
+
+@pytest.mark.parametrize("dtype", [bool, int, np.float16])
+def test_weights_that_are_masks(dtype):
+    """0 and 1 of any type, traced or not, are the weights 0.0 and 1.0."""
+    keep, y, level = np.array([1, 0, 1]), np.array([0.3, 0.0, -1.0], np.float32), processes.vp().level(0.4)
+
+    def value(weights):
+        twist = inverse.pigdm(inverse.measurement(inverse.diagonal(weights), y, 0.2), 0.7)
+        return guidance.tilted(oracles.gaussian(np.ones(3, np.float32), 0.7), twist)(y + 1, level), twist.measurement
+
+    wanted, _ = value(keep.astype(np.float32))
+    found, seen = value(keep.astype(dtype))
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_allclose(jax.jit(lambda w: value(w)[0])(keep.astype(dtype)), wanted, rtol=1e-6)
+    assert seen.operator.squared.dtype == jnp.float32
+    np.testing.assert_array_equal(inverse.pseudo_inverse(seen.operator, jnp.array([2, 0, 3])), [2.0, 0.0, 3.0])
 
 
 def test_a_frequency_that_does_not_pass():

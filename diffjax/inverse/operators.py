@@ -167,7 +167,7 @@ class Diagonal:
     def spectral(self, f: Callable, x: Tree) -> Tree:
         leaves, structure = jax.tree.flatten(x)
         weights = jax.tree.leaves(self.weights)
-        squares = [jnp.asarray(w, leaf.dtype) ** 2 for w, leaf in zip(weights, leaves, strict=True)]
+        squares = [jnp.asarray(w, jnp.result_type(leaf, 1.0)) ** 2 for w, leaf in zip(weights, leaves, strict=True)]
         counted = resolved(jnp.concatenate([jnp.ravel(q) for q in squares]))
         parts = jnp.split(counted, np.cumsum([q.size for q in squares])[:-1])
         shaped = [q.reshape(like.shape).astype(like.dtype) for q, like in zip(parts, squares, strict=True)]
@@ -176,7 +176,13 @@ class Diagonal:
 
     @property
     def squared(self) -> Array:
-        return jnp.concatenate([jnp.ravel(jnp.asarray(w)) ** 2 for w in jax.tree.leaves(self.weights)])
+        return jnp.concatenate([jnp.ravel(_real(w)) ** 2 for w in jax.tree.leaves(self.weights)])
+
+
+def _real(w: Array) -> Array:
+    """Weights in float32 or finer, since whole numbers and booleans have no rounding to count by."""
+    w = jnp.asarray(w)
+    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
 
 # --- operators with A A^T = c I -----------------------------------------------------------------------------------
@@ -362,9 +368,12 @@ def cospectral(operator: Any, f: Callable, y: Tree) -> Tree:
     return jax.tree.map(lambda leaf, other: (zero * leaf + other).astype(leaf.dtype), y, image)
 
 
-def log_determinant(operator: Any, f: Callable) -> Array:
-    """``log det f(A A^T)`` for an operator with a spectrum; factors that are 0 are left out."""
-    squared = resolved(jnp.asarray(operator.squared))
+def log_determinant(operator: Any, f: Callable, like: Tree) -> Array:
+    """``log det f(A A^T)`` for an operator with a spectrum; factors that are 0 are left out.
+
+    Singular values count as they do in ``spectral`` for a sample with the arithmetic of ``like``.
+    """
+    squared = squared_values(operator, like)
     missing = shapes(operator.output_shape).entries - squared.size
     logs = lambda q: jnp.where(f(q) > 0, jnp.log(jnp.where(f(q) > 0, f(q), 1.0)), 0.0)
     return jnp.sum(logs(squared)) + missing * logs(jnp.zeros((), squared.dtype))

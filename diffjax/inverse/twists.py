@@ -157,7 +157,7 @@ class Noised:
         inverse = lambda q: jnp.where(total(q) > 0, 1 / jnp.where(total(q) > 0, total(q), 1.0), 0.0)
         solved = cospectral(seen.operator, inverse, residual)
         count = sum(leaf.size for leaf in jax.tree.leaves(residual))
-        log_det = log_determinant(seen.operator, total)
+        log_det = log_determinant(seen.operator, total, x)
         gaussian = -0.5 * (dot(residual, solved) + log_det + count * jnp.log(2 * jnp.pi))
         return jnp.where(clean, seen.log_likelihood(raw), jnp.where(blank, 0.0, gaussian))
 
@@ -217,7 +217,7 @@ def mmps(measurement: Measurement, solver: str = "auto", iterations: int = 10, p
         solver: "dense" makes the matrix S + A C A^T; "cg" iterates with a symmetric one, "gmres" with any, and
             without a safeguard; "auto" is dense up to 32 measurements, else cg.
         iterations: of cg or gmres.
-        probes: of the Lanczos estimate of log det, which only particles' weights need (guidance does not compute it).
+        probes: of the Lanczos estimate of log det, which is for weights: of particles, and of the twists in `one_of`.
 
     Raises ValueError for a nonlinear operator or an unknown solver.
     """
@@ -278,7 +278,7 @@ class GaussianTwist:
             total = lambda q: jnp.where(outside, 1.0, std + closed * q)
             inverse = lambda q: jnp.where(total(q) > 0, 1 / jnp.where(total(q) > 0, total(q), 1.0), 0.0)
             solved = cospectral(a, inverse, residual)
-            return solved, dot(residual, solved), log_determinant(a, total)
+            return solved, dot(residual, solved), log_determinant(a, total, x0)
         spread = self.spread.apply(x0, pull, level)
 
         through = lambda v: jax.tree.map(lambda leaf: jnp.where(outside, 0.0, leaf), a(spread(a.adjoint(v))))
