@@ -63,6 +63,25 @@ class Twist:
         return inside * CONCENTRATION / (1 + 2.0 * t) * seen(x0)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_logarithm_of_the_opposite_point(dtype):
+    """Any of the shortest ways: tangent, of length pi, and there; with finite derivatives, also close by."""
+    points = np.concatenate([np.eye(3), -np.eye(3), _points / np.linalg.norm(_points, axis=1)[:, None]]).astype(dtype)
+    ways = jax.jit(jax.vmap(lambda x, y: (SPHERE.log(x, y), jax.jacobian(SPHERE.log, 1)(x, y))))
+    rounding = 8 * np.finfo(dtype).eps
+    for angle in (0.0, 0.5 * rounding, 1e-3):
+        side = np.cross(points, np.roll(points, 1, axis=1) + DIRECTION.astype(dtype))
+        side = side / np.linalg.norm(side, axis=1)[:, None]
+        y = (-np.cos(angle) * points + np.sin(angle) * side).astype(dtype)
+        v, slopes = ways(points, y)
+        np.testing.assert_allclose(np.linalg.norm(v, axis=1), np.pi - angle, atol=4 * rounding)
+        np.testing.assert_allclose(jax.vmap(SPHERE.exp)(points, v), y, atol=4 * rounding)
+        np.testing.assert_allclose(
+            np.sum(points * v, axis=1), 0.0, atol=rounding if angle == 0 else np.pi * rounding / angle
+        )
+        assert np.isfinite(slopes).all()
+
+
 @pytest.mark.parametrize("name", LAWS)
 def test_heat_kernels_are_densities_of_brownian_motion(name):
     """They integrate to 1 and obey the heat equation; geodesics stay on the manifold and have their length."""

@@ -115,11 +115,14 @@ class Sphere:
         return y / jnp.linalg.norm(y)
 
     def log(self, x: Array, y: Array) -> Array:
-        """The v of the shortest ``exp(x, v) = y``; its length is the angle."""
+        """The v of the shortest ``exp(x, v) = y``; its length is the angle.  To -x all are as short: one of them."""
         v = self.tangent(x, y)
         square = v @ v
         size = jnp.sqrt(jnp.where(square > 0, square, 1.0))
-        return jnp.where(square > 0, jnp.arctan2(size, x @ y) / size, 1.0) * v
+        near = jnp.where(square > 0, jnp.arctan2(size, x @ y) / size, 1.0) * v
+        axis = self.tangent(x, jnp.zeros_like(x).at[jnp.argmin(jnp.abs(x))].set(1.0))  # not along x, at least .8 long
+        opposite = (x @ y < 0) & (square <= (4 * jnp.finfo(v.dtype).eps) ** 2)  # where v is rounding
+        return jnp.where(opposite, math.pi * axis / jnp.linalg.norm(axis), near)
 
     def log_heat(self, x: Array, centre: Array, variance: Array) -> Array:
         """log H: of Brownian motion from the centre."""
