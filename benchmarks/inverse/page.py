@@ -137,9 +137,8 @@ def ratios(results: dict, group: list[str], noise: str, method: str) -> list[flo
 
 
 def _partly(results: dict, group: list[str], noise: str, method: str) -> bool:
-    """Whether a problem of the group has been run, but not with this method."""
-    there = [problem for problem in group if f"{problem}|{noise}|floor" in results]
-    return any(f"{problem}|{noise}|{method}" not in results for problem in there)
+    """Whether a problem of the group has not been run with this method."""
+    return any(f"{problem}|{noise}|{method}" not in results for problem in group)
 
 
 def _number(value: float) -> str:
