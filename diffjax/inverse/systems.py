@@ -12,8 +12,8 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg, gmres
 
 from diffjax.inverse.measurement import Measurement
-from diffjax.inverse.operators import ROUNDINGS, Diagonal, Mask
-from diffjax.levels import Array, Level, Tree, dot, static, value
+from diffjax.inverse.operators import Diagonal, Mask, resolved
+from diffjax.levels import Array, Level, Tree, dot, root, static, value
 
 DENSE = 32  # measurements up to which "auto" makes the matrix
 
@@ -60,7 +60,7 @@ def dense_solution(matrix: Array, noise: Array, right: Array) -> tuple[Array, Ar
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(symmetric))
     eps, top = jnp.finfo(values.dtype).eps, jnp.max(values, initial=0.0)
     own = jax.lax.stop_gradient(noise) @ vectors**2
-    empty = (values <= ROUNDINGS * eps * top) & (own <= eps**2 * top)
+    empty = (resolved(jnp.maximum(values, 0.0)) == 0) & (own <= eps**2 * top)
     fill = jnp.where(top > 0, top, 1.0)
     change = (vectors * jnp.where(empty, fill - values, jnp.maximum(-values, 0.0))) @ vectors.T
     whole = jnp.diag(noise) + symmetric + change
@@ -171,8 +171,7 @@ def ends(level: Level) -> tuple[Array, Array]:
 
 def norm(tree: Tree) -> Array:
     """The Euclidean norm, whose derivative at 0 is 0."""
-    square = dot(tree, tree)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return root(dot(tree, tree))
 
 
 def level_key(key: Array, level: Level) -> Array:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.levels import Array, value
+from diffjax.levels import Array, root, value
+from diffjax.quantiles import bisected
 
 IMAGES, DEGREES = (1, 2), 9  # for variances below and above 1: both sums have then ended, to rounding
 
@@ -74,9 +75,7 @@ class Rotations:
         """log H: of Brownian motion from the centre."""
         turn = centre.T @ x
         cosine, axis = 0.5 * (jnp.trace(turn) - 1), 0.5 * _axial(turn)
-        square = axis @ axis
-        sine = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-        return log_kernel(sine, cosine, variance) - math.log(8 * math.pi**2)
+        return log_kernel(root(axis @ axis), cosine, variance) - math.log(8 * math.pi**2)
 
     def noised(self, key: Array, x: Array, variance: Array) -> Array:
         """A draw of the heat kernel around x: about a uniform axis, by an angle of its law."""
@@ -137,14 +136,7 @@ def angle_quantile(u: Array, variance: Array) -> Array:
         density = 2 * jnp.sin(0.5 * at) ** 2 / math.pi
         return angle * jnp.sum(shares * density * jnp.exp(log_kernel(jnp.sin(at), jnp.cos(at), variance)))
 
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = 0.5 * (low + high)
-        less = below(middle) < u
-        return jnp.where(less, middle, low), jnp.where(less, high, middle)
-
-    low, high = jax.lax.fori_loop(0, jnp.finfo(kind).nmant, halve, (jnp.zeros_like(end), end))
-    return 0.5 * (low + high)
+    return bisected(below, u, jnp.zeros_like(end), end, jnp.finfo(kind).nmant)
 
 
 def _axial(a: Array) -> Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.levels import Array, as_value, value
+from diffjax.quantiles import bisected
 from diffjax.smoothing.potentials import Guided, Message, Point, floats
 from diffjax.solvers.arguments import positive
 
@@ -267,13 +268,6 @@ def _log_gamma(x: Array, shape: Array, rate: Array) -> Array:
 
 def _beta_quantile(u: Array, a: Array, b: Array) -> Array:
     """The u-quantile of Beta(a, b), by bisection."""
-    steps = jnp.finfo(u.dtype).nmant + 8
-
-    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = 0.5 * (low + high)
-        below = jax.scipy.special.betainc(a, b, middle) < u
-        return jnp.where(below, middle, low), jnp.where(below, high, middle)
-
-    low, high = jax.lax.fori_loop(0, steps, halve, (jnp.zeros_like(u), jnp.ones_like(u)))
-    return jnp.clip(0.5 * (low + high), 0.0, 1 - jnp.finfo(u.dtype).epsneg)
+    below, kind = lambda x: jax.scipy.special.betainc(a, b, x), jnp.finfo(u.dtype)
+    found = bisected(below, u, jnp.zeros_like(u), jnp.ones_like(u), kind.nmant + 8)
+    return jnp.clip(found, 0.0, 1 - kind.epsneg)
