@@ -13,6 +13,7 @@ from flax import nnx
 
 from diffjax import data, training
 from diffjax.levels import Array, Tree
+from diffjax.networks.convolutions import Conv
 from experiments import _run
 
 FEATURES = 64
@@ -23,9 +24,9 @@ class Network(nnx.Module):
 
     def __init__(self, shape: tuple[int, ...], classes: int, rngs: nnx.Rngs):
         height, width, channels = shape
-        self.first = nnx.Conv(channels, 32, (3, 3), rngs=rngs)
-        self.second = nnx.Conv(32, 64, (3, 3), strides=2, rngs=rngs)
-        self.third = nnx.Conv(64, 64, (3, 3), rngs=rngs)
+        self.first = Conv(channels, 32, (3, 3), rngs=rngs)
+        self.second = Conv(32, 64, (3, 3), strides=2, rngs=rngs)
+        self.third = Conv(64, 64, (3, 3), rngs=rngs)
         self.hidden = nnx.Linear(64 * -(-height // 2) * -(-width // 2), FEATURES, rngs=rngs)
         self.out = nnx.Linear(FEATURES, classes, rngs=rngs)
 

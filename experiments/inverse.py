@@ -54,7 +54,6 @@ import jax
 
 from experiments import (
     _classifier,
-    _convolutions,
     _inverse_choices,
     _inverse_digits,
     _inverse_photographs,
@@ -194,7 +193,7 @@ def _model(run: _run.Run[Options], images: Any) -> digits.Model:
             out=run.folder("training/model"),
         )
         model = digits.train(wanted, images, run.resume, run.log)
-    return model._replace(apply=_convolutions.quick(model.apply))
+    return model
 
 
 if __name__ == "__main__":

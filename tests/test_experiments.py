@@ -14,15 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import diffjax
-from diffjax import guidance, networks, training
+from diffjax import guidance, training
 from diffjax.catalogue import catalogue
 from diffjax.solvers import ddim
 from experiments import __main__ as listing
 from experiments import (
-    _convolutions,
     _guided_digits,
     _inverse_choices,
     _inverse_digits,
@@ -283,30 +281,6 @@ def test_samples_that_are_not_finite_are_counted():
     assert left["psnr"] == pytest.approx(-10 * np.log10(np.mean((samples[0, 0] - truth[0]) ** 2) / 4))
     nothing = dict.fromkeys(_inverse_digits.COLUMNS) | {"failed": 1.0, "each": [None, None]}
     assert score(np.full_like(samples, np.nan)) == nothing
-
-
-def test_quick_convolutions_have_the_same_values_and_gradients(x64):
-    """Of input and kernel, also where they fall back, and in a network."""
-    rng = np.random.default_rng(0)
-    x, kernel = jnp.asarray(rng.normal(size=(2, 6, 5, 3))), jnp.asarray(rng.normal(size=(3, 3, 3, 4)))
-    given = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    for strides, weights in (((1, 1), kernel), ((2, 2), kernel), ((1, 1), kernel[:2, :2])):
-        both = [
-            jax.value_and_grad(lambda x, w, f=f, s=strides: jnp.sum(jnp.sin(f(x, w, s, "SAME", **given))), (0, 1))(
-                x, weights
-            )
-            for f in (jax.lax.conv_general_dilated, _convolutions.convolution)
-        ]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), *both)
-    apply, params = networks.functional(networks.UNet((8, 8, 1), channels=(8,), blocks=1, rngs=nnx.Rngs(0)))
-    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
-    quick = _convolutions.quick(apply)
-    assert quick != apply and quick == _convolutions.quick(apply)
-    image = jnp.asarray(rng.normal(size=(8, 8, 1)), jnp.float32)
-    functions: list[Any] = [apply, quick]
-    for f in functions:
-        assert np.any(jax.grad(lambda x, f=f: jnp.vdot(x, f(params, x, 0.5)))(image))
-    np.testing.assert_allclose(quick(params, image, 0.5), apply(params, image, 0.5), rtol=1e-6)
 
 
 def test_errors_are_over_digits_and_gains_are_paired():

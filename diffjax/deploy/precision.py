@@ -28,6 +28,9 @@ PRECISIONS: dict[str, tuple[str, int]] = {
     "bf16": ("bfloat16", 7),
 }
 
+# primitives that multiply, the last in networks of this library
+PRODUCTS = ("dot_general", "conv_general_dilated", "convolution")
+
 
 class PrecisionError(NamedTuple):
     """How far results are from those at the highest precision, over all entries of all arrays."""
@@ -120,7 +123,7 @@ def _program(jaxpr: core.Jaxpr, bits: int) -> core.Jaxpr:
     """The same program with every float32 factor of a product rounded first, and the same in the programs inside."""
     equations = []
     for equation in jaxpr.eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+        if equation.primitive.name in PRODUCTS:
             factors = []
             for factor in equation.invars:
                 short, kind = factor, factor.aval

@@ -11,6 +11,7 @@ from flax import nnx
 
 from diffjax.networks import pretrained
 from diffjax.networks.context import ContextTransformer, ImageEncoder, InContext, grafted
+from diffjax.networks.convolutions import convolution
 from diffjax.networks.dit import DiT, stacked, unstacked
 from diffjax.networks.functional import Apply, architecture, attention_heads, count, functional
 from diffjax.networks.layers import label, tokens, vector
@@ -30,6 +31,7 @@ __all__ = [
     "architecture",
     "attention_heads",
     "build",
+    "convolution",
     "count",
     "functional",
     "grafted",

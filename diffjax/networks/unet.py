@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from numpy.typing import DTypeLike
 
 from diffjax.networks import layers
+from diffjax.networks.convolutions import Conv
 from diffjax.networks.functional import Time, attention_rows, described
 
 
@@ -30,9 +31,9 @@ class Block(nnx.Module):
     def __init__(self, size: tuple[int, int], embedding: int, heads: int | None, groups: int, **options: Any):
         c_in, c_out = size
         self.groups = groups
-        self.first = nnx.Conv(c_in, c_out, (3, 3), **options)
+        self.first = Conv(c_in, c_out, (3, 3), **options)
         self.modulate = nnx.Linear(embedding, 2 * c_out, **options)
-        self.second = nnx.Conv(c_out, c_out, (3, 3), **(options | layers.ZERO))
+        self.second = Conv(c_out, c_out, (3, 3), **(options | layers.ZERO))
         self.skip = None if c_in == c_out else nnx.Linear(c_in, c_out, **options)
         self.attention = None if heads is None else layers.Attention(c_out, heads, zero=True, **options)
 
@@ -126,7 +127,7 @@ class UNet(nnx.Module):
             return Block((c_in, channels[level]), embedding, attend, groups, **options)
 
         self.embed = layers.Embedding(embedding, specs, features=2 * channels[0], time_scale=time_scale, **options)
-        self.stem = nnx.Conv(shape[2], channels[0], (3, 3), **options)
+        self.stem = Conv(shape[2], channels[0], (3, 3), **options)
         down, shrink, up, grow = [], [], [], []
         for level, width in enumerate(channels):
             down.append(nnx.List(block(width, level, attends[level]) for _ in range(blocks)))
@@ -139,7 +140,7 @@ class UNet(nnx.Module):
         self.up, self.grow = nnx.List(up), nnx.List(grow)
         last = len(channels) - 1
         self.middle = nnx.List(block(channels[last], last, attend) for attend in (heads, None))
-        self.out = nnx.Conv(channels[0], output or shape[2], (3, 3), **(options | layers.ZERO))
+        self.out = Conv(channels[0], output or shape[2], (3, 3), **(options | layers.ZERO))
 
     def __call__(
         self,

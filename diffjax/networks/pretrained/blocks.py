@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from diffjax.networks import layers
+from diffjax.networks.convolutions import Conv
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -43,7 +44,7 @@ class Style(NamedTuple):
     def conv(self, size: int, out: int, rngs: nnx.Rngs, kernel: int = 3, stride: int = 1, pad: Any = None) -> nnx.Conv:
         pad = ((kernel // 2,) * 2,) * 2 if pad is None else pad
         options: Any = {"padding": pad, "dtype": self.dtype, "kernel_init": layers.uniform}
-        return nnx.Conv(size, out, (kernel, kernel), stride, rngs=rngs, **options)
+        return Conv(size, out, (kernel, kernel), stride, rngs=rngs, **options)
 
     def norm(self, size: int) -> "Norm":
         if not isinstance(self.groups, int):

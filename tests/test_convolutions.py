@@ -1,0 +1,158 @@
+"""The networks' convolution is JAX's: values, derivatives of every kind, batches, precision, programs."""
+
+import re
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.extend.core import jaxpr_as_fun
+
+from diffjax import deploy
+from diffjax.networks import convolution
+
+NUMBERS = ("NHWC", "HWIO", "NHWC")
+ORDERS = {
+    "value": 0,
+    "forward": 1,
+    "reverse": 1,
+    "reverse of reverse": 2,
+    "forward of reverse": 2,
+    "reverse of forward": 2,
+}
+
+
+def draws(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+
+
+def derivative(kind, f, operands, tangents):
+    """A derivative of the sum of sines of f, by both operands, which is linear in neither."""
+    total = lambda *given: jnp.sum(jnp.sin(f(*given)))
+    along = lambda g: lambda *given: jax.jvp(g, given, tangents)[1]
+    both = partial(jax.grad, argnums=(0, 1))
+    slope = lambda *given: sum(jnp.vdot(jnp.cos(t), g) for t, g in zip(tangents, both(total)(*given), strict=True))
+    functions = {
+        "value": f,
+        "forward": along(f),
+        "reverse": both(total),
+        "reverse of reverse": both(slope),
+        "forward of reverse": along(both(total)),
+        "reverse of forward": both(along(total)),
+    }
+    return jax.jit(functions[kind])(*operands)
+
+
+def same(found, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), found, expected)
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_derivatives_are_those_of_jax(x64, kind):
+    shapes = (2, 6, 5, 3), (3, 5, 3, 4)
+    operands, tangents = draws(*shapes), tuple(draws(*shapes, seed=1))
+    functions = [lambda x, k, f=f: f(x, k, (1, 1), "SAME", dimension_numbers=NUMBERS) for f in JAX_AND_OURS]
+    expected, found = (derivative(kind, f, operands, tangents) for f in functions)
+    same(found, expected)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("kind", ["value", "forward", "reverse", "reverse of reverse"])
+@pytest.mark.parametrize("axes", [(0, None), (2, None), (None, 1), (1, 0)])
+def test_batches_are_those_of_jax(x64, kind, axes):
+    """Of images, of kernels and of both, along any axis."""
+    shapes = (2, 4, 5, 2), (3, 3, 2, 3)
+    shapes = [s if axis is None else (*s[:axis], 3, *s[axis:]) for s, axis in zip(shapes, axes, strict=True)]
+    operands, tangents = draws(*shapes), tuple(draws(*shapes, seed=1))
+    functions = [
+        jax.vmap(lambda x, k, f=f: f(x, k, (1, 1), "SAME", dimension_numbers=NUMBERS), axes) for f in JAX_AND_OURS
+    ]
+    expected, found = (derivative(kind, f, operands, tangents) for f in functions)
+    same(found, expected)
+
+
+OTHERS = {
+    "ours by numbers of zeros": ((1, 1), ((1, 1), (1, 1)), {}, (3, 3, 4, 2)),
+    "two at a time": ((2, 2), "SAME", {}, (3, 3, 4, 2)),
+    "no zeros around": ((1, 1), "VALID", {}, (3, 3, 4, 2)),
+    "more zeros": ((1, 1), ((2, 1), (1, 1)), {}, (3, 3, 4, 2)),
+    "an even window": ((1, 1), "SAME", {}, (2, 3, 4, 2)),
+    "dilated": ((1, 1), "SAME", {"rhs_dilation": (2, 1)}, (3, 3, 4, 2)),
+    "dilated images": ((1, 1), ((1, 1), (1, 1)), {"lhs_dilation": (1, 2)}, (3, 3, 4, 2)),
+    "groups": ((1, 1), "SAME", {"feature_group_count": 2}, (3, 3, 2, 2)),
+    "channels first": ((1, 1), "SAME", {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}, (2, 5, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_every_other_convolution_is_left_to_jax(x64, case):
+    strides, padding, more, shape = OTHERS[case]
+    options: dict = {"dimension_numbers": NUMBERS} | more
+    operands = draws((1, 5, 4, 4), shape)
+    functions = [lambda x, k, f=f: f(x, k, strides, padding, **options) for f in JAX_AND_OURS]
+    expected, found = (jax.jit(f)(*operands) for f in functions)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    (name,) = {e.primitive.name for e in jax.make_jaxpr(functions[1])(*operands).eqns} & {
+        "convolution",
+        "conv_general_dilated",
+    }
+    assert (name == "convolution") == case.startswith("ours")
+
+
+def test_one_axis_is_left_to_jax():
+    x, kernel = draws((2, 7, 3), (3, 3, 2))
+    given: dict = {"dimension_numbers": ("NWC", "WIO", "NWC")}
+    expected, found = (f(x, kernel, (1,), "SAME", **given) for f in JAX_AND_OURS)
+    np.testing.assert_array_equal(found, expected)
+
+
+JAX_AND_OURS = (lax.conv_general_dilated, convolution)
+
+
+def gradient_loop(f, kernel, x):
+    """Steps down the slopes by kernel and input, three in a loop."""
+    value = lambda both: jnp.sum(jnp.sin(f(both[1], both[0], (1, 1), "SAME", dimension_numbers=NUMBERS)))
+    down = lambda both: jax.tree.map(jnp.subtract, both, jax.grad(value)(both))
+    return lax.scan(lambda both, _: (down(both), None), (kernel, x), None, length=3)[0]
+
+
+def test_a_cpu_is_given_one_order_of_axes():
+    """The one that it has fast code for in loops; if JAX's own gradients were, all this would be of no use."""
+    x, kernel = (draw.astype(jnp.float32) for draw in draws((1, 8, 8, 4), (3, 3, 4, 4)))
+    orders = []
+    for f in JAX_AND_OURS:
+        text = jax.jit(partial(gradient_loop, f)).lower(kernel, x).compile().as_text() or ""
+        orders.append(set(re.findall(r" convolution\(.*dim_labels=([^,]*),", text)))
+    assert orders[1] == {"b01f_01io->b01f"} and len(orders[0]) == 3
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_elsewhere_the_program_is_the_one_of_jax(platform):
+    x, kernel = (draw.astype(jnp.float32) for draw in draws((1, 8, 8, 4), (3, 3, 4, 4)))
+    counts = []
+    for f in JAX_AND_OURS:
+        text = jax.jit(partial(gradient_loop, f)).trace(kernel, x).lower(lowering_platforms=(platform,)).as_text()
+        counts.append(Counter(re.findall(r"stablehlo\.(convolution|reverse|transpose)\b", text)))
+    assert counts[0] == counts[1] and counts[0]["convolution"] == 3 and counts[0]["reverse"] == 1
+
+
+@pytest.mark.parametrize("precision", ["tensorfloat32", "highest"])
+def test_precision_in_force_is_kept_in_derivatives(precision):
+    x, kernel = (draw.astype(jnp.float32) for draw in draws((1, 8, 8, 4), (3, 3, 4, 4)))
+    with jax.default_matmul_precision(precision):
+        gradients = jax.make_jaxpr(partial(gradient_loop, convolution))(kernel, x)
+    text = jax.jit(jaxpr_as_fun(gradients)).lower(kernel, x).as_text()
+    level = {"tensorfloat32": "HIGH", "highest": "HIGHEST"}[precision]
+    assert text.count(f"precision = [{level}, {level}]") + text.count(f"#stablehlo<precision {level}>") >= 3
+
+
+def test_precision_is_emulated_in_it():
+    x, kernel = (draw.astype(jnp.float32) for draw in draws((1, 8, 8, 4), (3, 3, 4, 4)))
+    functions = [lambda x, k, f=f: f(x, k, (1, 1), "SAME", dimension_numbers=NUMBERS) for f in JAX_AND_OURS]
+    expected, found = (deploy.rounded(f, "bf16")(x, kernel) for f in functions)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert np.max(np.abs(found - functions[1](x, kernel))) > 1e-3
