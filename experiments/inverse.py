@@ -20,16 +20,16 @@ noise (`d_flow`), and intervals with a guarantee (`rcps`, `k_rcps`).
 Writes digits.png (measurement, reconstruction, samples, deviation), methods.png (every method's reconstructions),
 calibration.png, photographs.png, choices.png, metrics.json.
 
-Run time: 12 min on 2 CPU cores.
-Expect (that time is of the processors, trained digits given). Digits, PSNR of the mean, over eight digits with standard
-errors of the gain on the baseline, 16.8 dB: mmps 20.6 (gain 3.9 +- 0.4), tds 20.6 (3.9 +- 0.5), pigdm and tmpd 19.9,
-mcg 19.6, red_diff 19.4, daps 19.3, pnp_dm 18.9, dps 18.7, lanpaint, repaint, ddrm and diffpir 18.5, ddnm 17.6, flowchef
-17.5, replacement 17.1 (0.3 +- 0.3). Coverage .82 to .94, the baseline's .86. Nonlinear: enkg 19.5 but .56, lgd 18.5,
-flowchef 18.3, daps 17.6, dps 17.1; the error of a mean is 0.4 to 1. Counts: daps 18.4, pnp_dm 18.1.
-With 16 pixels chosen by `active` 19.4 dB, of the largest variance 17.3, by chance 14.3; with 8 14.8, 15.8 and 13.5 (six
-digits). `d_flow` fills in the hidden part to 12.4 dB, often another digit than the true one, the mean of `pigdm` to
-17.8 (four digits). Intervals miss .27 of the pixels; for a risk of at most .1, `rcps` misses .053 at length .81,
-`k_rcps` .051 at .79.
+Run time: 7 min on 2 CPU cores.
+Expect. Digits, PSNR of the mean, over eight digits with standard errors of the gain on the baseline, 16.8 dB: mmps 20.6
+(gain 3.9 +- 0.4), tds 20.4 (3.7 +- 0.5), pigdm and tmpd 20.0, mcg 19.5, red_diff 19.4, daps 19.3, pnp_dm 19.0, dps
+18.7, repaint, diffpir, lanpaint and ddrm 18.4 to 18.5, ddnm and flowchef 17.6, replacement 17.0 (0.3 +- 0.3). Coverage
+.83 to .94, the baseline's .86. Nonlinear: enkg 18.8 but .54, lgd 18.6, flowchef 18.0, daps 17.5, dps 17.4; the error of
+a mean is 0.5 to 1. Counts: daps 18.9, pnp_dm 18.7.
+With 16 pixels chosen by `active` 18.5 dB, of the largest variance 17.4, by chance 14.1; with 8 15.0, 15.5 and 13.1 (six
+digits). `d_flow` fills in the hidden part to 13.2 dB, often another digit than the true one, the mean of `pigdm` to
+18.5 (four digits). Intervals miss .28 of the pixels; for a risk of at most .1, `rcps` misses .047 at length .84,
+`k_rcps` .046 at .82.
 Photographs (two crops: differences below about 1 dB mean nothing), PSNR of the mean, best learned against classical:
 deblurring 27.1 (ddrm, network) and 23.4 dB, inpainting 25.4 (mmps) and 24.4 (ddrm and diffpir are worse, 21.8 to 23.6),
 super-resolution 26.7 and 26.7: a cubic spline is as good, if not by SSIM (.84 and .82). Coverage, of nine samples .8 is
