@@ -12,7 +12,8 @@ each other's transpositions:
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,57 +34,86 @@ SLOPES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def _output(x: Any, kernel: Any, precision: Any, padding: Any = "SAME") -> Any:
-    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=NUMBERS, precision=precision)
+class Settings(NamedTuple):
+    """What a convolution has beside its operands."""
+
+    size: tuple[int, ...]  # of the images x
+    window: tuple[int, ...]  # of the kernel
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    precision: Any
 
 
-def _shape(a: Any, b: Any, form: str, window: tuple[int, int]) -> tuple[int, ...]:
-    return (
-        (*window, a.shape[3], b.shape[3]) if form == "kernel" else (*a.shape[:3], b.shape[3 if form == "output" else 2])
+def _output(x: Any, kernel: Any, given: Settings) -> Any:
+    return lax.conv_general_dilated(
+        x, kernel, given.strides, given.padding, dimension_numbers=NUMBERS, precision=given.precision
     )
 
 
-def _of_jax(a: Any, b: Any, *, form: str, window: tuple[int, int], precision: Any) -> Any:
+def _of_jax(a: Any, b: Any, form: str, given: Settings) -> Any:
     """A form, as JAX makes it."""
     if form == "output":
-        return _output(a, b, precision)
-    forward = (lambda x: _output(x, b, precision)) if form == "input" else (lambda k: _output(a, k, precision))
-    slope = a if form == "input" else b
-    return jax.linear_transpose(forward, jax.ShapeDtypeStruct(_shape(a, b, form, window), slope.dtype))(slope)[0]
-
-
-def _in_order(a: Any, b: Any, *, form: str, window: tuple[int, int], precision: Any) -> Any:
-    """The same in the order of axes that CPUs have fast code for."""
-    if form == "output":
-        return _output(a, b, precision)
+        return _output(a, b, given)
     if form == "input":
-        return _output(a, jnp.flip(b, (0, 1)).swapaxes(2, 3), precision)
-    x, y = a.transpose(3, 1, 2, 0), b.transpose(1, 2, 0, 3)
-    padding = [(size // 2, size // 2) for size in window]
-    return _output(x, y, precision, padding).transpose(1, 2, 0, 3)
+        x = jax.ShapeDtypeStruct((a.shape[0], *given.size, b.shape[2]), a.dtype)
+        return jax.linear_transpose(lambda x: _output(x, b, given), x)(a)[0]
+    kernel = jax.ShapeDtypeStruct((*given.window, a.shape[3], b.shape[3]), b.dtype)
+    return jax.linear_transpose(lambda kernel: _output(a, kernel, given), kernel)(b)[0]
 
 
-def _kind(a: Any, b: Any, *, form: str, window: tuple[int, int], precision: Any) -> Any:
-    del precision
-    return a.update(shape=_shape(a, b, form, window), weak_type=False)
+def _in_order(a: Any, b: Any, form: str, given: Settings) -> Any:
+    """The same in the order of axes that CPUs have fast code for.
+
+    With n entries x[i] behind z zeros, a window of w and the stride s, y[p] = sum_j x[s p + j - z] k[j]: both slopes
+    are convolutions of y with s - 1 zeros between its entries, the last of which is then the m-th after the first.
+    """
+    if form == "output":
+        return _output(a, b, given)
+    y = a if form == "input" else b
+    last = [s * (count - 1) for s, count in zip(given.strides, y.shape[1:3], strict=True)]  # m
+    axes = list(zip(given.size, given.window, (before for before, _ in given.padding), last, strict=True))
+    options: Any = {"dimension_numbers": NUMBERS, "precision": given.precision}
+    if form == "input":
+        padding = [(w - 1 - z, n - 1 - m + z) for n, w, z, m in axes]
+        turned = jnp.flip(b, (0, 1)).swapaxes(2, 3)
+        return lax.conv_general_dilated(y, turned, (1, 1), padding, lhs_dilation=given.strides, **options)
+    padding = [(z, m + w - n - z) for n, w, z, m in axes]
+    x, y = a.transpose(3, 1, 2, 0), y.transpose(1, 2, 0, 3)
+    slope = lax.conv_general_dilated(x, y, (1, 1), padding, rhs_dilation=given.strides, **options)
+    return slope.transpose(1, 2, 0, 3)
 
 
-def _slope(index: int, g: Any, a: Any, b: Any, *, form: str, **settings: Any) -> Any:
+def _kind(a: Any, b: Any, form: str, given: Settings) -> Any:
+    shape = {
+        "output": (a.shape[0], *_counts(given), b.shape[3]),
+        "input": (a.shape[0], *given.size, b.shape[2]),
+        "kernel": (*given.window, a.shape[3], b.shape[3]),
+    }[form]
+    return a.update(shape=shape, weak_type=False)
+
+
+def _counts(given: Settings) -> list[int]:
+    """The places of the window, an axis each."""
+    axes = zip(given.size, given.window, given.strides, given.padding, strict=True)
+    return [(n + sum(zeros) - w) // s + 1 for n, w, s, zeros in axes]
+
+
+def _slope(index: int, g: Any, a: Any, b: Any, form: str, given: Settings) -> Any:
     name, *operands = SLOPES[form][index](g, a, b)
-    return PRIMITIVE.bind(*operands, form=name, **settings)
+    return PRIMITIVE.bind(*operands, form=name, given=given)
 
 
-def _batched(operands: Sequence[Any], axes: Sequence[Any], **settings: Any) -> tuple[Any, int]:
+def _batched(operands: Sequence[Any], axes: Sequence[Any], form: str, given: Settings) -> tuple[Any, int]:
     a, b = operands
-    if axes[1] is not None or settings["form"] == "kernel":  # a kernel each: groups of channels, and none of these
-        return jax.vmap(partial(_of_jax, **settings), tuple(axes))(a, b), 0
+    if axes[1] is not None or form == "kernel":  # a kernel each: groups of channels, and none of these
+        return jax.vmap(partial(_of_jax, form=form, given=given), tuple(axes))(a, b), 0
     a = jnp.moveaxis(a, axes[0], 0)
-    out = PRIMITIVE.bind(a.reshape(-1, *a.shape[2:]), b, **settings)
+    out = PRIMITIVE.bind(a.reshape(-1, *a.shape[2:]), b, form=form, given=given)
     return out.reshape(*a.shape[:2], *out.shape[1:]), 0
 
 
 PRIMITIVE = Primitive("convolution")
-PRIMITIVE.def_impl(jax.jit(PRIMITIVE.bind, static_argnames=("form", "window", "precision")))
+PRIMITIVE.def_impl(jax.jit(PRIMITIVE.bind, static_argnames=("form", "given")))
 PRIMITIVE.def_abstract_eval(_kind)
 ad.defbilinear(PRIMITIVE, partial(_slope, 0), partial(_slope, 1))
 batching.primitive_batchers[PRIMITIVE] = _batched
@@ -92,33 +122,36 @@ mlir.register_lowering(PRIMITIVE, mlir.lower_fun(_in_order, multiple_results=Fal
 
 
 def convolution(x: Any, kernel: Any, strides: Sequence[int], padding: Any, **options: Any) -> Any:
-    """`jax.lax.conv_general_dilated` as Flax calls it; in the way above where it is one of every pixel of images.
+    """`jax.lax.conv_general_dilated` as Flax calls it; in the way above where it is one of images.
 
-    That is, x is (N, H, W, A) and the kernel (h, w, A, B) with h and w odd, the window moves by one, zeros around leave
-    the size as it is, and there is no dilation nor group. JAX is given any other as it is.
+    That is, x is (N, H, W, A) and the kernel (h, w, A, B), and there is no dilation and no group. Any other is JAX's.
 
     Args:
         x: images, or what JAX convolves.
         kernel: the same of every image.
         strides: of the window, one an axis.
-        padding: "SAME", or the numbers of zeros before and after, a pair an axis.
+        padding: "SAME", "VALID", or the numbers of zeros before and after, a pair an axis.
         **options: those of `jax.lax.conv_general_dilated`.
 
     Returns:
         What `jax.lax.conv_general_dilated` returns.
     """
-    window = kernel.shape[:-2]
-    around = padding == "SAME" or [tuple(pair) for pair in padding] == [(size // 2,) * 2 for size in window]
-    ones = {*strides, *(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ())} == {1}
-    numbers = options.get("dimension_numbers")
-    order = lax.conv_dimension_numbers(x.shape, kernel.shape, numbers)
-    ours = lax.conv_dimension_numbers(x.shape, kernel.shape, NUMBERS) if kernel.ndim == 4 else None
-    plain = all(options.get(name, value) == value for name, value in PLAIN.items())
-    if order == ours and around and ones and plain and all(size % 2 for size in window) and x.dtype == kernel.dtype:
-        # as JAX does, what is not said is what is in force now, and so is it in the derivatives
-        precision = options.get("precision") or getattr(jax.config, IN_FORCE)
-        return PRIMITIVE.bind(x, kernel, form="output", window=tuple(window), precision=precision)
-    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    dilations = (options.get(name) or (1,) for name in ("lhs_dilation", "rhs_dilation"))
+    plain = {*chain(*dilations)} == {1} and all(options.get(name, value) == value for name, value in PLAIN.items())
+    if not (plain and x.ndim == kernel.ndim == 4 and x.dtype == kernel.dtype and _ordered(x, kernel, options)):
+        return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    size, window = tuple(x.shape[1:3]), tuple(kernel.shape[:2])
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(size, window, strides, padding)
+    zeros = tuple((int(before), int(after)) for before, after in padding)
+    # as JAX does, what is not said is what is in force now, and so is it in the derivatives
+    precision = options.get("precision") or getattr(jax.config, IN_FORCE)
+    return PRIMITIVE.bind(x, kernel, form="output", given=Settings(size, window, tuple(strides), zeros, precision))
+
+
+def _ordered(x: Any, kernel: Any, options: dict[str, Any]) -> bool:
+    order = lambda numbers: lax.conv_dimension_numbers(x.shape, kernel.shape, numbers)
+    return order(options.get("dimension_numbers")) == order(NUMBERS)
 
 
 Conv = partial(nnx.Conv, conv_general_dilated=convolution)
