@@ -15,7 +15,7 @@ is longer, and on the draws that the Gaussian was made of.
 Writes rounds.png (the divergence by round, and how far draws are from the digits), samples.png (what was seen, what was
 drawn for it, samples of the prior after every round), corrupted.json.
 
-Run time: 3 min on 2 CPU cores.
+Run time: 2 min on 2 CPU cores.
 Expect: from masks 12.7 (Gaussian), 11.5, 10.5, 9.7, 9.3, 9.0, 8.6 by round, from projections 13.0, 12.3, 11.2, 10.4,
 9.7, 9.2, 8.8; 7.8 from whole digits, 13.3 of a Gaussian of whole digits, floor 6.8.  The error of a draw falls from
 0.36 to 0.30 and from 0.42 to 0.33.

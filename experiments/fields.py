@@ -19,7 +19,7 @@ mean over noised data of what the twist says is its probability of the event, at
 
 Writes magnet.png, lorenz.png, metrics.json.
 
-Run time: 2 min on 2 CPU cores.
+Run time: 1 min on 2 CPU cores.
 Expect: in a field, at scales 6, 8, 11, a mean spin of 0.523, 0.641, 0.771 by plain guidance, where the law has 0.496,
 0.590, 0.688 and its own denoiser draws 0.487, 0.581, 0.679; characteristic guidance has 0.488, 0.582, 0.680.  In
 temperature (0.10 to 0.13, at scale 11 to 0.43, near the transition) a root mean square of 0.291, 0.322, 0.364 by plain

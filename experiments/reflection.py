@@ -15,7 +15,7 @@ among what agrees with all that was said; both are of one who never fails to dra
 Writes success.png (success against samples, and what was right by round), rounds.png (what was drawn, and what was
 said), reflection.json.
 
-Run time: 4 min on 2 CPU cores.
+Run time: 3 min on 2 CPU cores.
 Expect: reflection meets 0.20, 0.43, 0.63, 0.94 of 400 wishes within 2, 3, 4, 8 samples, best-of-n of the base model
 0.05, 0.07, 0.12, 0.23, chance 0.07, 0.11, 0.14, 0.26, the best listener 0.47, 1, 1, 1.  The model that was trained to
 listen is no better than the base model when it is told nothing (0.22 within 8).  From the third sample on the place is
