@@ -20,8 +20,8 @@ Writes digits.png (draws of every method), rewards.png, mixture.png, metrics.jso
 Run time: 4 min on 2 CPU cores, 2.5 min with a model given.
 Expect (three models): of the draws for class 3 an unseen classifier finds 0.10 to 0.12 without steering, 0.71 to 0.81
 in the tilted law, 0.75 to 0.85 of twisted SMC, 0.5 to 0.8 of FK steering, SVDD and best of n, and 0.92 to 1.00 of CoDe
-and guided best of n, which overshoot the law.  On mixtures DriftLite's log Z is within 0.02 and its samples at 1.1 to 1.5 times
-the floor; weights without control are no better than none when annealing or multiplying, and as good as any
+and guided best of n, which overshoot the law.  On mixtures DriftLite's log Z is within 0.02 and its samples at 1.1 to
+1.5 times the floor; weights without control are no better than none when annealing or multiplying, and as good as any
 on the tilt.
 """
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from diffjax import deploy
 from diffjax.networks import convolution
@@ -181,3 +182,26 @@ def test_precision_is_emulated_in_it():
     expected, found = (deploy.rounded(f, "bf16")(x, kernel) for f in functions)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     assert np.max(np.abs(found - functions[1](x, kernel))) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_images_are_divided_over_devices(kind):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices()[:4])
+    x, kernel = (draw.astype(jnp.float32) for draw in draws((4, 5, 5, 2), (3, 3, 2, 3)))
+    loss = lambda k, x: jnp.sum(jnp.sin(convolution(x, k, (1, 1), "SAME", dimension_numbers=NUMBERS)))
+    expected = jax.grad(loss, (0, 1))(kernel, x)
+    with jax.set_mesh(mesh):
+        divided = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        found = jax.jit(jax.grad(loss, (0, 1)))(jax.device_put(kernel, NamedSharding(mesh, PartitionSpec())), divided)
+    assert found[1].sharding.is_equivalent_to(divided.sharding, 4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_in_a_map_over_devices_gradients_are_summed():
+    """The kernel is the same on all, so its gradient is the sum of theirs, which types alone tell JAX."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    x, kernel = (draw.astype(jnp.float32) for draw in draws((4, 5, 5, 2), (3, 3, 2, 3)))
+    loss = lambda k, x: jnp.sum(jnp.sin(convolution(x, k, (1, 1), "SAME", dimension_numbers=NUMBERS)))
+    specs = (PartitionSpec(), PartitionSpec("data"))
+    found = jax.jit(jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=specs, out_specs=PartitionSpec()))(kernel, x)
+    np.testing.assert_allclose(found, jax.grad(loss)(kernel, x), rtol=1e-5, atol=1e-5)

@@ -21,6 +21,7 @@ from flax import nnx
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
 
 # Operands are untyped here: they are abstract values and, in a transposition, unknown ones, too.
 NUMBERS = ("NHWC", "HWIO", "NHWC")
@@ -124,7 +125,8 @@ mlir.register_lowering(PRIMITIVE, mlir.lower_fun(_in_order, multiple_results=Fal
 def convolution(x: Any, kernel: Any, strides: Sequence[int], padding: Any, **options: Any) -> Any:
     """`jax.lax.conv_general_dilated` as Flax calls it; in the way above where it is one of images.
 
-    That is, x is (N, H, W, A) and the kernel (h, w, A, B), and there is no dilation and no group. Any other is JAX's.
+    That is, x is (N, H, W, A) and the kernel (h, w, A, B), and there is no dilation and no group. JAX keeps any other,
+    and what `shard_map` or a mesh with explicit axes divides, where types say how.
 
     Args:
         x: images, or what JAX convolves.
@@ -138,7 +140,8 @@ def convolution(x: Any, kernel: Any, strides: Sequence[int], padding: Any, **opt
     """
     dilations = (options.get(name) or (1,) for name in ("lhs_dilation", "rhs_dilation"))
     plain = {*chain(*dilations)} == {1} and all(options.get(name, value) == value for name, value in PLAIN.items())
-    if not (plain and x.ndim == kernel.ndim == 4 and x.dtype == kernel.dtype and _ordered(x, kernel, options)):
+    plain = plain and x.ndim == kernel.ndim == 4 and x.dtype == kernel.dtype and _ordered(x, kernel, options)
+    if not plain or _divided(x, kernel):
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
     size, window = tuple(x.shape[1:3]), tuple(kernel.shape[:2])
     if isinstance(padding, str):
@@ -152,6 +155,11 @@ def convolution(x: Any, kernel: Any, strides: Sequence[int], padding: Any, **opt
 def _ordered(x: Any, kernel: Any, options: dict[str, Any]) -> bool:
     order = lambda numbers: lax.conv_dimension_numbers(x.shape, kernel.shape, numbers)
     return order(options.get("dimension_numbers")) == order(NUMBERS)
+
+
+def _divided(x: Any, kernel: Any) -> bool:
+    meshes = (jax.sharding.get_abstract_mesh(), *(jax.typeof(leaf).sharding.mesh for leaf in (x, kernel)))
+    return any(kind is not AxisType.Auto for mesh in meshes for kind in mesh.axis_types)
 
 
 Conv = partial(nnx.Conv, conv_general_dilated=convolution)
