@@ -8,27 +8,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from diffjax import deploy
-from diffjax.networks import convolution
+from diffjax.networks import UNet, convolution, functional
+from diffjax.networks.pretrained.blocks import Style
+from tests.programs import equations
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
-ORDERS = {
-    "value": 0,
-    "forward": 1,
-    "reverse": 1,
-    "reverse of reverse": 2,
-    "forward of reverse": 2,
-    "reverse of forward": 2,
-}
+KINDS = ("value", "forward", "reverse", "reverse of reverse", "forward of reverse", "reverse of forward")
 
 
 def draws(*shapes, seed=0):
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
+
+
+def jax_and_ours(strides=(1, 1), padding="SAME", **options):
+    """The two convolutions, as functions of images and kernel."""
+    options = {"dimension_numbers": NUMBERS} | options
+    return [lambda x, k, f=f: f(x, k, strides, padding, **options) for f in (lax.conv_general_dilated, convolution)]
+
+
+def single():
+    """Images and kernel in float32."""
+    return [draw.astype(jnp.float32) for draw in draws((1, 8, 8, 4), (3, 3, 4, 4))]
+
+
+def names(f, operands):
+    """Of the convolutions in it."""
+    found = {equation.primitive.name for equation in equations(jax.make_jaxpr(f)(*operands).jaxpr)}
+    return found & {"convolution", "conv_general_dilated"}
 
 
 def derivative(kind, f, operands, tangents):
@@ -52,12 +65,11 @@ def same(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), found, expected)
 
 
-@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_are_those_of_jax(x64, kind):
     shapes = (2, 6, 5, 3), (3, 5, 3, 4)
     operands, tangents = draws(*shapes), tuple(draws(*shapes, seed=1))
-    functions = [lambda x, k, f=f: f(x, k, (1, 1), "SAME", dimension_numbers=NUMBERS) for f in JAX_AND_OURS]
-    expected, found = (derivative(kind, f, operands, tangents) for f in functions)
+    expected, found = (derivative(kind, f, operands, tangents) for f in jax_and_ours())
     same(found, expected)
     assert any(np.any(leaf) for leaf in jax.tree.leaves(found))
 
@@ -69,10 +81,7 @@ def test_batches_are_those_of_jax(x64, kind, axes):
     shapes = (2, 4, 5, 2), (3, 3, 2, 3)
     shapes = [s if axis is None else (*s[:axis], 3, *s[axis:]) for s, axis in zip(shapes, axes, strict=True)]
     operands, tangents = draws(*shapes), tuple(draws(*shapes, seed=1))
-    functions = [
-        jax.vmap(lambda x, k, f=f: f(x, k, (1, 1), "SAME", dimension_numbers=NUMBERS), axes) for f in JAX_AND_OURS
-    ]
-    expected, found = (derivative(kind, f, operands, tangents) for f in functions)
+    expected, found = (derivative(kind, jax.vmap(f, axes), operands, tangents) for f in jax_and_ours())
     same(found, expected)
 
 
@@ -94,7 +103,7 @@ def test_windows_and_zeros_of_any_kind(x64, case):
     strides, padding, window = WINDOWS[case]
     shapes = (2, 7, 6, 3), (*window, 3, 4)
     operands, tangents = draws(*shapes), tuple(draws(*shapes, seed=1))
-    functions = [lambda x, k, f=f: f(x, k, strides, padding, dimension_numbers=NUMBERS) for f in JAX_AND_OURS]
+    functions = jax_and_ours(strides, padding)
     for kind in ("value", "reverse", "reverse of reverse"):
         expected, found = (derivative(kind, f, operands, tangents) for f in functions)
         same(found, expected)
@@ -109,18 +118,11 @@ OTHERS = {
 }
 
 
-def names(f, operands):
-    """Of the convolutions in it."""
-    found = {equation.primitive.name for equation in jax.make_jaxpr(f)(*operands).eqns}
-    return found & {"convolution", "conv_general_dilated"}
-
-
 @pytest.mark.parametrize("case", OTHERS)
 def test_every_other_convolution_is_left_to_jax(x64, case):
     more, shape = OTHERS[case]
-    options: dict = {"dimension_numbers": NUMBERS} | more
     operands = draws((1, 5, 4, 4), shape)
-    functions = [lambda x, k, f=f: f(x, k, (1, 1), ((1, 1), (1, 1)), **options) for f in JAX_AND_OURS]
+    functions = jax_and_ours(padding=((1, 1), (1, 1)), **more)
     expected, found = (jax.jit(f)(*operands) for f in functions)
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
     assert names(functions[1], operands) == {"conv_general_dilated"}
@@ -128,17 +130,13 @@ def test_every_other_convolution_is_left_to_jax(x64, case):
 
 def test_one_axis_is_left_to_jax():
     x, kernel = draws((2, 7, 3), (3, 3, 2))
-    given: dict = {"dimension_numbers": ("NWC", "WIO", "NWC")}
-    expected, found = (f(x, kernel, (1,), "SAME", **given) for f in JAX_AND_OURS)
+    expected, found = (f(x, kernel) for f in jax_and_ours((1,), dimension_numbers=("NWC", "WIO", "NWC")))
     np.testing.assert_array_equal(found, expected)
 
 
-JAX_AND_OURS = (lax.conv_general_dilated, convolution)
-
-
-def gradient_loop(f, kernel, x, strides=(1, 1)):
+def gradient_loop(f, kernel, x):
     """Steps down the slopes by kernel and input, three in a loop."""
-    value = lambda both: jnp.sum(jnp.sin(f(both[1], both[0], strides, "SAME", dimension_numbers=NUMBERS)))
+    value = lambda both: jnp.sum(jnp.sin(f(both[1], both[0])))
     down = lambda both: jax.tree.map(jnp.subtract, both, jax.grad(value)(both))
     return lax.scan(lambda both, _: (down(both), None), (kernel, x), None, length=3)[0]
 
@@ -146,10 +144,10 @@ def gradient_loop(f, kernel, x, strides=(1, 1)):
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
 def test_a_cpu_is_given_one_order_of_axes(strides):
     """The one that it has fast code for in loops; if JAX's own gradients were, all this would be of no use."""
-    x, kernel = (draw.astype(jnp.float32) for draw in draws((1, 8, 8, 4), (3, 3, 4, 4)))
+    x, kernel = single()
     orders = []
-    for f in JAX_AND_OURS:
-        text = jax.jit(partial(gradient_loop, f, strides=strides)).lower(kernel, x).compile().as_text() or ""
+    for f in jax_and_ours(strides):
+        text = jax.jit(partial(gradient_loop, f)).lower(kernel, x).compile().as_text() or ""
         orders.append(set(re.findall(r" convolution\(.*dim_labels=([^,]*),", text)))
     assert orders[1] == {"b01f_01io->b01f"} and len(orders[0]) == 3
 
@@ -157,10 +155,10 @@ def test_a_cpu_is_given_one_order_of_axes(strides):
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_elsewhere_the_program_is_the_one_of_jax(platform, strides):
-    x, kernel = (draw.astype(jnp.float32) for draw in draws((1, 8, 8, 4), (3, 3, 4, 4)))
+    x, kernel = single()
     counts = []
-    for f in JAX_AND_OURS:
-        looped = jax.jit(partial(gradient_loop, f, strides=strides))
+    for f in jax_and_ours(strides):
+        looped = jax.jit(partial(gradient_loop, f))
         text = looped.trace(kernel, x).lower(lowering_platforms=(platform,)).as_text()
         counts.append(Counter(re.findall(r"stablehlo\.(convolution|reverse|transpose)\b", text)))
     assert counts[0] == counts[1] and counts[0]["convolution"] == 3 and counts[0]["reverse"] == 1
@@ -168,27 +166,30 @@ def test_elsewhere_the_program_is_the_one_of_jax(platform, strides):
 
 @pytest.mark.parametrize("precision", ["tensorfloat32", "highest"])
 def test_precision_in_force_is_kept_in_derivatives(precision):
-    x, kernel = (draw.astype(jnp.float32) for draw in draws((1, 8, 8, 4), (3, 3, 4, 4)))
+    x, kernel = single()
     with jax.default_matmul_precision(precision):
-        gradients = jax.make_jaxpr(partial(gradient_loop, convolution))(kernel, x)
+        gradients = jax.make_jaxpr(partial(gradient_loop, jax_and_ours()[1]))(kernel, x)
     text = jax.jit(jaxpr_as_fun(gradients)).lower(kernel, x).as_text()
     level = {"tensorfloat32": "HIGH", "highest": "HIGHEST"}[precision]
     assert text.count(f"precision = [{level}, {level}]") + text.count(f"#stablehlo<precision {level}>") >= 3
 
 
 def test_precision_is_emulated_in_it():
-    x, kernel = (draw.astype(jnp.float32) for draw in draws((1, 8, 8, 4), (3, 3, 4, 4)))
-    functions = [lambda x, k, f=f: f(x, k, (1, 1), "SAME", dimension_numbers=NUMBERS) for f in JAX_AND_OURS]
+    x, kernel = single()
+    functions = jax_and_ours()
     expected, found = (deploy.rounded(f, "bf16")(x, kernel) for f in functions)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     assert np.max(np.abs(found - functions[1](x, kernel))) > 1e-3
+
+
+def loss(kernel, x):
+    return jnp.sum(jnp.sin(jax_and_ours()[1](x, kernel)))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_images_are_divided_over_devices(kind):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices()[:4])
     x, kernel = (draw.astype(jnp.float32) for draw in draws((4, 5, 5, 2), (3, 3, 2, 3)))
-    loss = lambda k, x: jnp.sum(jnp.sin(convolution(x, k, (1, 1), "SAME", dimension_numbers=NUMBERS)))
     expected = jax.grad(loss, (0, 1))(kernel, x)
     with jax.set_mesh(mesh):
         divided = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
@@ -201,7 +202,15 @@ def test_in_a_map_over_devices_gradients_are_summed():
     """The kernel is the same on all, so its gradient is the sum of theirs, which types alone tell JAX."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     x, kernel = (draw.astype(jnp.float32) for draw in draws((4, 5, 5, 2), (3, 3, 2, 3)))
-    loss = lambda k, x: jnp.sum(jnp.sin(convolution(x, k, (1, 1), "SAME", dimension_numbers=NUMBERS)))
     specs = (PartitionSpec(), PartitionSpec("data"))
     found = jax.jit(jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=specs, out_specs=PartitionSpec()))(kernel, x)
     np.testing.assert_allclose(found, jax.grad(loss)(kernel, x), rtol=1e-5, atol=1e-5)
+
+
+def test_networks_have_no_other():
+    """The stem, blocks and output of the U-Net, and the layer of published networks, of any stride."""
+    apply, params = functional(UNet((4, 4, 1), channels=(4, 4), groups=2, blocks=1, rngs=nnx.Rngs(0)))
+    assert names(apply, (params, jnp.zeros((4, 4, 1)), 0.5)) == {"convolution"}
+    for stride in (1, 2):
+        layer = Style(2, 1e-5).conv(2, 3, nnx.Rngs(0), stride=stride)
+        assert names(layer, (jnp.zeros((4, 4, 2)),)) == {"convolution"}

@@ -13,7 +13,6 @@ import numpy as np
 from diffjax.guidance.tilted import twist_gradient
 from diffjax.inverse.measurement import gaussian_noise, measurement
 from diffjax.inverse.operators import Mask, shapes
-from diffjax.inverse.systems import DENSE
 from diffjax.inverse.twists import GaussianTwist, mmps
 from diffjax.levels import Array, Level, Process, Tree, is_traced, value
 
@@ -191,7 +190,7 @@ def _weighs(twist: Any) -> bool:
     if not isinstance(twist, GaussianTwist) or twist.solve.probes:
         return True
     entries = sum(np.size(leaf) for leaf in jax.tree.leaves(twist.measurement.y))
-    return twist.solve.method == "dense" or (twist.solve.method == "auto" and entries <= DENSE)
+    return twist.solve.dense(entries)
 
 
 def _stack(*leaves: Array) -> Array:

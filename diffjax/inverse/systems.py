@@ -37,7 +37,7 @@ class Solve:
         flat, unravel = ravel_pytree(right)
         own = ravel_pytree(noise)[0]
         on_vectors = lambda v: ravel_pytree(through(unravel(v)))[0].astype(v.dtype)
-        if self.method == "dense" or (self.method == "auto" and flat.size <= DENSE):
+        if self.dense(flat.size):
             matrix = jax.vmap(on_vectors)(jnp.eye(flat.size, dtype=flat.dtype))
             found, log_det = dense_solution(matrix, own, flat)
             return unravel(found), flat @ found, log_det
@@ -49,6 +49,10 @@ class Solve:
             found, beyond = jax.lax.custom_linear_solve(whole, flat, iterate, symmetric=True, has_aux=True)
         log_det = lanczos_log_determinant(whole, flat, self.iterations, self.probes, jnp.min(own))
         return unravel(found), flat @ found + beyond, log_det
+
+    def dense(self, entries: int) -> bool:
+        """Whether the matrix is made for so many measurements."""
+        return self.method == "dense" or (self.method == "auto" and entries <= DENSE)
 
 
 def dense_solution(matrix: Array, noise: Array, right: Array) -> tuple[Array, Array]:
